@@ -1,0 +1,110 @@
+"""torch's distributed checkpoint (DCP) without its pickle: the metadata file is JSON, tensors load with weights_only.
+
+DCP plans who writes and who reads which shard; stock DCP keeps that plan in a pickle that runs code when loaded.
+Everything stored is a tensor; a checkpoint that names a file outside its own folder is refused.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megalite.errors import UserError
+
+METADATA_FILE = "metadata.json"
+
+
+class JsonWriter(dcp.FileSystemWriter):
+    """DCP's file writer (one file a rank, synced to disk) with JSON metadata."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        stored = {result.index: result.storage_data for written in results for result in written}
+        tensors: dict[str, Any] = {}
+        for name, entry in metadata.state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata), f"{name} is not a tensor"
+            chunks = []
+            for chunk in entry.chunks:
+                info = stored[MetadataIndex(name, chunk.offsets)]
+                place = {"file": info.relative_path, "offset": info.offset, "length": info.length}
+                chunks.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), **place})
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            tensors[name] = {"dtype": dtype, "shape": list(entry.size), "chunks": chunks}
+        with open(Path(self.path) / METADATA_FILE, "w") as file:
+            json.dump({"format": "megalite-dcp", "version": 1, "tensors": tensors}, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """DCP's metadata rebuilt from JSON; UserError when it is missing, malformed or points outside `folder`."""
+    path = folder / METADATA_FILE
+    try:
+        document = json.loads(path.read_text())
+        entries: dict[str, Any] = {}
+        storage: dict[MetadataIndex, _StorageInfo] = {}
+        for name, entry in document["tensors"].items():
+            chunks = []
+            for chunk in entry["chunks"]:
+                if Path(chunk["file"]).name != chunk["file"]:
+                    raise ValueError(f"tensor {name} lies outside the folder: {chunk['file']}")
+                chunks.append(ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])))
+                index = MetadataIndex(name, chunk["offsets"])
+                storage[index] = _StorageInfo(chunk["file"], int(chunk["offset"]), int(chunk["length"]))
+            dtype = getattr(torch, entry["dtype"])
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"tensor {name} has no dtype {entry['dtype']}")
+            entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(entry["shape"]), chunks)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({error}); use another one or delete its folder") from error
+    return Metadata(entries, storage_data=storage, storage_meta=StorageMeta())
+
+
+class JsonReader(dcp.FileSystemReader):
+    """DCP's file reader over `read_metadata`."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return read_metadata(Path(self.path))
+
+
+def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    """Write `tensors` into `folder`, shared out over the ranks of `group` (None: this process alone)."""
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    writer = JsonWriter(folder, single_file_per_rank=True, sync_files=True)
+    dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+
+
+def load_tensors(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    """Fill `tensors` in place. Every one must be there with its shape and dtype, and nothing else but rng.*."""
+    metadata = read_metadata(folder).state_dict_metadata
+    problems = [f"{name} missing" for name in tensors if name not in metadata]
+    problems += [f"{name} unexpected" for name in metadata if name not in tensors and not name.startswith("rng.")]
+    for name, tensor in tensors.items():
+        stored = metadata.get(name)
+        if isinstance(stored, TensorStorageMetadata) and (
+            stored.size != tensor.shape or stored.properties.dtype != tensor.dtype
+        ):
+            expected = f"{tuple(tensor.shape)} {tensor.dtype}"
+            problems.append(f"{name} is {tuple(stored.size)} {stored.properties.dtype}, expected {expected}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{folder}: made by another model or optimizer ({'; '.join(problems[:3])}{more})")
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+    try:
+        dcp.load(tensors, storage_reader=JsonReader(folder), planner=planner, process_group=group, no_dist=group is None)
+    except dcp.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise UserError(f"{folder}: damaged ({cause}); delete the folder to go on from an older checkpoint") from error

@@ -1,0 +1,186 @@
+"""Every configuration key: its type, default, meaning and legal choices. Plain data; imports neither torch nor Hydra.
+
+Rules that join several keys live in `validate.py`; composing from YAML and overrides lives in `load.py`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def key(default: Any, help: str, *, choices: tuple[Any, ...] = (), minimum: float | None = None) -> Any:
+    """A documented field. `choices` and `minimum` are checked for this key alone; `help` becomes docs/config.md."""
+    metadata = {"help": help, "choices": choices, "minimum": minimum}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunConfig:
+    name: str = key("default", "Name of the run; its folder is runs/<name> unless run.dir is set.")
+    dir: str | None = key(None, "Folder of this run (checkpoints, metrics, report); null: runs/<run.name>.")
+
+
+@dataclass
+class TrainConfig:
+    steps: int = key(1000, "Optimizer steps in the whole run.", minimum=1)
+    seed: int = key(1234, "Fixes initial weights and data order, whatever the layout.", minimum=0)
+    micro_batch: int = key(4, "Sequences a rank computes at once.", minimum=1)
+    global_batch: int = key(8, "Sequences a step over all ranks; accumulation is derived.", minimum=1)
+    deterministic: bool = key(True, "Use only algorithms that give the same bits on every run of the same layout.")
+    z_loss: float = key(0.0, "Weight of the squared log-partition penalty on the logits.", minimum=0)
+    compile: bool = key(False, "torch.compile each transformer block (slow first step, faster later ones).")
+    threads: int = key(0, "CPU threads a process; 0: this host's cores divided by its local ranks.", minimum=0)
+    dry_run: bool = key(True, "Run one throw-away batch before step 1, so memory and shape errors come at once.")
+    nonfinite_limit: int = key(10, "Stop after this many skipped steps in a row (loss or gradient not finite).", minimum=1)
+    eval_every: int = key(0, "Steps between evaluations on the validation sets; 0: only at the end.", minimum=0)
+    eval_batches: int = key(0, "Global batches an evaluation reads; 0: the whole validation set.", minimum=0)
+    final_eval: bool = key(True, "Evaluate the whole validation set after the last step.")
+    profile_step: int = key(0, "Step to record with torch's profiler into timeline.json; 0: none.", minimum=0)
+
+
+@dataclass
+class DataConfig:
+    path: str = key("embedded", "Prefix of a .bin/.idx pair, or 'embedded': the standard library source of this Python.")
+    blend: dict[str, float] = key({}, "Weighted mixture {prefix: weight}; replaces data.path.")
+    validation: dict[str, str] = key({}, "Named validation sets {name: prefix}; empty: the validation part of data.split.")
+    split: str = key("0.95,0.05", "Shares of the documents for training and validation, when both come from one prefix.")
+    tokenizer: str = key("bpe", "'bpe' (trained on the corpus), 'bytes', or the path of a tokenizer.json.")
+    vocab: int = key(4096, "Vocabulary of a BPE trained on the spot, end-of-document included.", minimum=257)
+    sequence_length: int = key(512, "Tokens in a training sequence.", minimum=1)
+    packing: str = key(
+        "cross",
+        "'cross': samples run over document ends, as in Megatron; 'documents': the same with attention kept inside a document.",
+        choices=("cross", "documents"),
+    )
+    cache: str | None = key(None, "Folder for tokenized corpora and index maps; null: beside the dataset, or ~/.cache/megalite.")
+    workers: int = key(0, "Processes that tokenize in `data build`; 0: one a core.", minimum=0)
+    max_bytes: int = key(0, "Use only the first bytes of the embedded corpus's training part (tests); 0: all.", minimum=0)
+
+
+@dataclass
+class RopeConfig:
+    theta: float = key(10000.0, "Base of the rotary frequencies.", minimum=1)
+    fraction: float = key(1.0, "Share of each head's dimensions that is rotated.", minimum=0)
+    scaling: str = key("none", "How positions beyond the original length are squeezed.", choices=("none", "linear", "ntk", "yarn", "llama3"))
+    factor: float = key(1.0, "Length multiplication of the scaling.", minimum=1)
+    original_length: int = key(8192, "Sequence length before scaling.", minimum=1)
+    low_freq_factor: float = key(1.0, "llama3: wavelengths above original_length/low_freq_factor are fully scaled.")
+    high_freq_factor: float = key(4.0, "llama3: wavelengths below original_length/high_freq_factor are kept.")
+    beta_fast: float = key(32.0, "yarn: rotations above which a frequency is kept.")
+    beta_slow: float = key(1.0, "yarn: rotations below which a frequency is fully scaled.")
+    attention_factor: float | None = key(None, "yarn: multiplies cos and sin; null: 0.1*ln(factor)+1.")
+    local_theta: float | None = key(None, "Base used in sliding-window layers (Gemma 3), without scaling; null: theta.")
+
+
+@dataclass
+class ModelConfig:
+    name: str = key("custom", "Preset this model came from; only a label.")
+    family: str = key(
+        "llama",
+        "Hugging Face architecture used by checkpoint export.",
+        choices=("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "none"),
+    )
+    layers: int = key(8, "Transformer blocks.", minimum=1)
+    hidden: int = key(384, "Width of the residual stream.", minimum=1)
+    heads: int = key(6, "Query heads.", minimum=1)
+    kv_heads: int | None = key(None, "Key and value heads (GQA); null: as many as heads.", minimum=1)
+    head_dim: int | None = key(None, "Size of a head; null: hidden / heads.", minimum=1)
+    ffn: int = key(1024, "Inner width of the MLP.", minimum=1)
+    vocab: int | None = key(None, "Rows of the embedding; null: the tokenizer's vocabulary.", minimum=1)
+    max_positions: int | None = key(None, "Longest sequence (size of learned positions); null: data.sequence_length.", minimum=1)
+    position: str = key("rope", "How positions enter.", choices=("rope", "learned", "none"))
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    norm: str = key("rmsnorm", "Normalisation.", choices=("rmsnorm", "layernorm"))
+    norm_place: str = key("pre", "Before each sublayer, after it, or both (Gemma 2).", choices=("pre", "post", "sandwich"))
+    norm_eps: float = key(1e-5, "Added to the variance.", minimum=0)
+    norm_zero_centered: bool = key(False, "The norm's weight is stored as w and applied as 1+w (Gemma).")
+    qk_norm: bool = key(False, "RMSNorm on each query and key head before RoPE.")
+    qkv_bias: bool = key(False, "Bias on the query, key and value projections.")
+    output_bias: bool = key(False, "Bias on the attention output projection.")
+    mlp_bias: bool = key(False, "Bias on the MLP projections.")
+    activation: str = key("swiglu", "MLP nonlinearity.", choices=("swiglu", "geglu", "gelu", "gelu_tanh", "relu2"))
+    tied_embeddings: bool = key(False, "The head reuses the embedding matrix.")
+    embedding_scale: float = key(1.0, "Multiplies the embedding's output (Gemma: sqrt(hidden)).")
+    attention_scale: float | None = key(None, "Multiplies q·k; null: head_dim**-0.5.")
+    attention_softcap: float | None = key(None, "Scores become cap*tanh(score/cap); null: off.", minimum=0)
+    logit_softcap: float | None = key(None, "Logits become cap*tanh(logit/cap); null: off.", minimum=0)
+    window: int | None = key(None, "Sliding window: a token sees this many latest tokens, itself included; null: all.", minimum=1)
+    window_pattern: int = key(1, "Of every n layers the last one sees everything; 1: every layer uses the window.", minimum=1)
+    init_std: float = key(0.02, "Standard deviation of initial weights.", minimum=0)
+    init_output_scale: bool = key(True, "Divide the std of residual output projections by sqrt(2*layers), as GPT-2.")
+
+
+@dataclass
+class OptimConfig:
+    name: str = key("adamw", "Update rule.", choices=("adamw", "muon", "sgd"))
+    lr: float = key(3e-4, "Peak learning rate.", minimum=0)
+    schedule: str = key("cosine", "Shape of the learning rate after warm-up.", choices=("cosine", "wsd", "linear", "constant"))
+    warmup_steps: int = key(0, "Steps of linear warm-up.", minimum=0)
+    decay_steps: int = key(0, "wsd: steps of the final decay; 0: a fifth of train.steps.", minimum=0)
+    min_lr_ratio: float = key(0.1, "Final learning rate as a share of the peak.", minimum=0)
+    beta1: float = key(0.9, "AdamW: decay of the first moment.", minimum=0)
+    beta2: float = key(0.95, "AdamW: decay of the second moment.", minimum=0)
+    eps: float = key(1e-8, "AdamW: added to the root of the second moment.", minimum=0)
+    momentum: float = key(0.95, "sgd and muon: momentum.", minimum=0)
+    weight_decay: float = key(0.1, "Decoupled decay of matrices; norms, biases and embeddings have none unless set below.", minimum=0)
+    decay_embeddings: bool = key(True, "Weight decay on the embedding and head too.")
+    embedding_lr: float | None = key(None, "Learning rate of embedding and head; null: optim.lr. With muon: of all AdamW parameters.", minimum=0)
+    clip: float = key(1.0, "Largest global gradient norm; 0: no clipping.", minimum=0)
+
+
+@dataclass
+class ParallelConfig:
+    dp: int = key(-1, "Data-parallel ranks; -1: what the other axes leave.")
+    tp: int = key(1, "Tensor-parallel ranks.", minimum=1)
+    sp: bool = key(False, "Sequence parallelism inside the tp group.")
+    cp: int = key(1, "Context-parallel ranks.", minimum=1)
+    pp: int = key(1, "Pipeline stages.", minimum=1)
+    ep: int = key(1, "Expert-parallel ranks.", minimum=1)
+    etp: int = key(1, "Tensor-parallel ranks inside an expert.", minimum=1)
+    zero: int = key(0, "What data parallelism shards: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights.", choices=(0, 1, 2, 3))
+    bucket_mb: float = key(25.0, "Size of a gradient bucket.", minimum=0)
+
+
+@dataclass
+class PrecisionConfig:
+    name: str = key("auto", "Preset; auto takes bf16 where the hardware multiplies it faster than fp32.", choices=("auto", "fp64", "fp32", "bf16"))
+
+
+@dataclass
+class RecomputeConfig:
+    mode: str = key("none", "What the backward pass computes again instead of keeping.", choices=("none", "selective", "full"))
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = key(0, "Steps between checkpoints; 0: only at the end.", minimum=0)
+    keep: int = key(2, "Newest complete checkpoints kept; 0: all.", minimum=0)
+    final: bool = key(True, "Save after the last step.")
+    resume: str = key("auto", "'auto': the run folder's newest complete checkpoint; 'none': refuse a used folder; or the path of a checkpoint.")
+
+
+@dataclass
+class LogConfig:
+    every: int = key(1, "Steps between rows of metrics.jsonl and progress lines.", minimum=1)
+    progress: str = key("auto", "Live line, plain lines, or nothing; auto: live on a terminal.", choices=("auto", "bar", "lines", "none"))
+    tensorboard: bool = key(False, "Write TensorBoard event files.")
+    wandb: str = key("disabled", "Weights & Biases; online without a key becomes offline.", choices=("offline", "online", "disabled"))
+    report: bool = key(True, "Write report.html at the end.")
+    baselines: bool = key(False, "Compare validation bits per byte with gzip -9 and a Kneser-Ney 5-gram in the report.")
+    sample: str | None = key(None, "Prompt continued at the end of training, shown in the report; null: none.")
+    traceback: bool = key(False, "Show Python tracebacks of user errors.")
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)

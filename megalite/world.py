@@ -1,0 +1,59 @@
+"""Joining the job: which process this is, its device, and the process group that all meshes are cut from."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megalite.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`; `local_rank` of `local_size` on this host; `attempt` counts restarts."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    attempt: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def world_from_environment() -> World:
+    """Read what torchrun tells each process; a plain process is a world of one."""
+    words = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    if all(value is None for value in words.values()):
+        return World()
+    missing = [name for name, value in words.items() if value is None]
+    if missing:
+        raise UserError(f"environment: {', '.join(missing)} not set though other torchrun variables are; start with torchrun")
+    numbers = [int(value or 0) for value in words.values()]
+    return World(*numbers, attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+
+
+def join(world: World, timeout_s: float = 600.0) -> None:
+    """Start the default process group (gloo on CPU, NCCL beside it on CUDA). A world of one starts none.
+
+    The store is prefixed with the attempt: after a restart, workers would otherwise read the dead attempt's addresses.
+    """
+    if world.size == 1 or dist.is_initialized():
+        return
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"attempt{world.attempt}", store)
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def leave() -> None:
+    """End the process group, so that the interpreter exits without waiting for its threads."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
