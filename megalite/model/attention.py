@@ -1,0 +1,68 @@
+"""Grouped-query self-attention: projections, head norms, rotation, and the attention kernel."""
+
+from typing import NamedTuple
+
+from megalite_kernels import apply_rope, attention
+from torch import Tensor, nn
+
+from megalite.config.schema import ModelConfig
+from megalite.model import recompute
+from megalite.model.cache import KVCache
+from megalite.model.linear import Linear
+from megalite.model.norm import RMSNorm
+from megalite.model.rope import Rotation
+from megalite.model.size import head_dim, kv_heads, layer_windows
+
+
+class Context(NamedTuple):
+    """What every layer of one forward pass shares. Rotations are None without RoPE."""
+
+    rotation: Rotation | None
+    local_rotation: Rotation | None  # of layers with a sliding window
+    documents_BS: Tensor | None
+    cache: KVCache | None
+
+
+class Attention(nn.Module):
+    """Causal self-attention of one layer.
+
+    Dimensions: B batch, S new tokens, T all tokens, E hidden, H query heads, K key and value heads, D head_dim.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, output_std: float) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = head_dim(config)
+        self.window = layer_windows(config)[layer]
+        self.softcap = config.attention_softcap
+        self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.recompute = False  # the core: attention probabilities are computed again in backward
+        hidden, std, bias = config.hidden, config.init_std, config.qkv_bias
+        query_rows, kv_rows = config.heads * self.head_dim, kv_heads(config) * self.head_dim
+        self.query = Linear(hidden, query_rows, split="outputs", std=std, bias=bias)
+        self.key = Linear(hidden, kv_rows, split="outputs", std=std, bias=bias)
+        self.value = Linear(hidden, kv_rows, split="outputs", std=std, bias=bias)
+        self.output = Linear(query_rows, hidden, split="inputs", std=output_std, bias=config.output_bias)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(self.head_dim, config.norm_eps, config.norm_zero_centered)
+            self.key_norm = RMSNorm(self.head_dim, config.norm_eps, config.norm_zero_centered)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x_BSE: Tensor, context: Context) -> Tensor:
+        q_BSHD = self.query(x_BSE).unflatten(-1, (-1, self.head_dim))
+        k_BSKD = self.key(x_BSE).unflatten(-1, (-1, self.head_dim))
+        v_BSKD = self.value(x_BSE).unflatten(-1, (-1, self.head_dim))
+        if self.qk_norm:
+            q_BSHD, k_BSKD = self.query_norm(q_BSHD), self.key_norm(k_BSKD)
+        rotation = context.rotation if self.window is None else context.local_rotation
+        if rotation is not None:
+            q_BSHD, k_BSKD = apply_rope(q_BSHD, *rotation), apply_rope(k_BSKD, *rotation)
+        if context.cache is not None:
+            k_BSKD, v_BSKD = context.cache.extend(self.layer, k_BSKD, v_BSKD)
+        out_BSHD = recompute.run(self.recompute, self.core, q_BSHD, k_BSKD, v_BSKD, context.documents_BS)
+        return self.output(out_BSHD.flatten(-2))  # type: ignore[no-any-return]
+
+    def core(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents_BS: Tensor | None) -> Tensor:
+        return attention(  # type: ignore[no-any-return]
+            q_BSHD, k_BTKD, v_BTKD, scale=self.scale, window=self.window, softcap=self.softcap, documents=documents_BS
+        )

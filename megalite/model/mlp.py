@@ -1,0 +1,40 @@
+"""The feed-forward half of a block, gated (SwiGLU, GEGLU) or plain (GELU, ReLU²)."""
+
+import megalite_kernels
+from torch import Tensor, nn
+
+from megalite.config.schema import ModelConfig
+from megalite.model import recompute
+from megalite.model.linear import Linear
+from megalite.model.size import gated
+
+ACTIVATIONS = {
+    "swiglu": megalite_kernels.swiglu,
+    "geglu": megalite_kernels.geglu,
+    "gelu": megalite_kernels.gelu,
+    "gelu_tanh": megalite_kernels.gelu_tanh,
+    "relu2": megalite_kernels.relu2,
+}
+"""The gated ones take (gate, up), the plain ones (up,)."""
+
+
+class MLP(nn.Module):
+    """down(activation([gate(x),] up(x))): [..., hidden] to [..., hidden] through `ffn` inner values."""
+
+    def __init__(self, config: ModelConfig, output_std: float) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.gated = gated(config)
+        self.recompute = False  # the activation's output is computed again in backward
+        hidden, ffn, std, bias = config.hidden, config.ffn, config.init_std, config.mlp_bias
+        if self.gated:
+            self.gate = Linear(hidden, ffn, split="outputs", std=std, bias=bias)
+        self.up = Linear(hidden, ffn, split="outputs", std=std, bias=bias)
+        self.down = Linear(ffn, hidden, split="inputs", std=output_std, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = (self.gate(x), self.up(x)) if self.gated else (self.up(x),)
+        return recompute.run(self.recompute, self.contract, *inner)
+
+    def contract(self, *inner: Tensor) -> Tensor:
+        return self.down(self.activation(*inner))  # type: ignore[no-any-return]

@@ -1,0 +1,74 @@
+"""Rotary position tables: frequencies and their scalings in float64, then cos and sin in the model's dtype.
+
+The tables are no parameters and no buffers: they are made when first needed, on the device that needs them, so a model
+built on the meta device works, and a model that reads short sequences never holds tables for its longest.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megalite.config.schema import RopeConfig
+
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin, [S, R] or [B, S, R]; the two halves of the rotated dimensions R carry the same angles."""
+
+
+def inverse_frequencies(rope: RopeConfig, rotated: int) -> tuple[Tensor, float]:
+    """Angles per position [rotated / 2], float64, and the factor on cos and sin (1 except for yarn)."""
+    theta = rope.theta
+    if rope.scaling == "ntk":
+        theta *= rope.factor ** (rotated / (rotated - 2))
+    frequency = theta ** -(torch.arange(0, rotated, 2, dtype=torch.float64, device="cpu") / rotated)
+    if rope.scaling == "linear":
+        return frequency / rope.factor, 1.0
+    if rope.scaling == "llama3":
+        return _llama3(frequency, rope), 1.0
+    if rope.scaling == "yarn":
+        factor = rope.attention_factor
+        return _yarn(frequency, rope, rotated), 0.1 * math.log(rope.factor) + 1.0 if factor is None else factor
+    return frequency, 1.0
+
+
+def _llama3(frequency: Tensor, rope: RopeConfig) -> Tensor:
+    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, linear in between."""
+    turns = rope.original_length * frequency / (2 * math.pi)
+    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    return frequency * kept + frequency / rope.factor * (1 - kept)
+
+
+def _yarn(frequency: Tensor, rope: RopeConfig, rotated: int) -> Tensor:
+    """YaRN (arXiv 2309.00071), eq. 22-23: a ramp over the dimension index between two numbers of rotations."""
+
+    def dimension(rotations: float) -> float:
+        return rotated * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(dimension(rope.beta_fast)), 0)
+    high = min(math.ceil(dimension(rope.beta_slow)), rotated - 1)
+    index = torch.arange(rotated // 2, dtype=torch.float64, device="cpu")
+    scaled = ((index - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequency * (1 - scaled) + frequency / rope.factor * scaled
+
+
+class RopeTables:
+    """cos and sin for every position up to the longest asked for, kept per device and dtype."""
+
+    def __init__(self, rope: RopeConfig, rotated: int) -> None:
+        self.rope, self.rotated = rope, rotated
+        self.tables: dict[tuple[torch.device, torch.dtype], Rotation] = {}
+
+    def up_to(self, length: int, device: torch.device, dtype: torch.dtype) -> Rotation:
+        """cos and sin of positions 0 … length-1, [length, R] in `dtype`."""
+        cos, sin = self.tables.get((device, dtype), (None, None))
+        if cos is None or sin is None or len(cos) < length:
+            # Inference tensors could not be saved for a later backward, should evaluation come before training.
+            with torch.inference_mode(False), torch.no_grad():
+                cos, sin = self._make(max(256, 1 << (length - 1).bit_length()), device, dtype)
+            self.tables[device, dtype] = cos, sin
+        return cos[:length], sin[:length]
+
+    def _make(self, length: int, device: torch.device, dtype: torch.dtype) -> Rotation:
+        frequency, factor = inverse_frequencies(self.rope, self.rotated)
+        angles = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequency).repeat(1, 2)
+        return (angles.cos() * factor).to(device, dtype), (angles.sin() * factor).to(device, dtype)
