@@ -60,9 +60,9 @@ class Attention(nn.Module):
         if context.cache is not None:
             k_BSKD, v_BSKD = context.cache.extend(self.layer, k_BSKD, v_BSKD)
         out_BSHD = recompute.run(self.recompute, self.core, q_BSHD, k_BSKD, v_BSKD, context.documents_BS)
-        return self.output(out_BSHD.flatten(-2))  # type: ignore[no-any-return]
+        return self.output(out_BSHD.flatten(-2))
 
     def core(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents_BS: Tensor | None) -> Tensor:
-        return attention(  # type: ignore[no-any-return]
+        return attention(
             q_BSHD, k_BTKD, v_BTKD, scale=self.scale, window=self.window, softcap=self.softcap, documents=documents_BS
         )

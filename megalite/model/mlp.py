@@ -1,5 +1,7 @@
 """The feed-forward half of a block, gated (SwiGLU, GEGLU) or plain (GELU, ReLU²)."""
 
+from collections.abc import Callable
+
 import megalite_kernels
 from torch import Tensor, nn
 
@@ -8,7 +10,7 @@ from megalite.model import recompute
 from megalite.model.linear import Linear
 from megalite.model.size import gated
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "swiglu": megalite_kernels.swiglu,
     "geglu": megalite_kernels.geglu,
     "gelu": megalite_kernels.gelu,
@@ -37,4 +39,4 @@ class MLP(nn.Module):
         return recompute.run(self.recompute, self.contract, *inner)
 
     def contract(self, *inner: Tensor) -> Tensor:
-        return self.down(self.activation(*inner))  # type: ignore[no-any-return]
+        return self.down(self.activation(*inner))

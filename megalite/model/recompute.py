@@ -14,7 +14,5 @@ def run(again: bool, function: Callable[..., Tensor], *arguments: Any) -> Tensor
     The state of random generators is not restored: nothing in a model draws random numbers.
     """
     if again and torch.is_grad_enabled():
-        return checkpoint(  # type: ignore[no-any-return]
-            function, *arguments, use_reentrant=False, preserve_rng_state=False
-        )
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
     return function(*arguments)

@@ -95,7 +95,7 @@ class Transformer(nn.Module):
             x_BSE = block(x_BSE, context)
         if cache is not None:
             cache.advance(tokens_BS.shape[1])
-        return self.final_norm(x_BSE)  # type: ignore[no-any-return]
+        return self.final_norm(x_BSE)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., E] to [..., V], soft-capped when the config says so."""
@@ -121,7 +121,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{end} positions: this model has learned {self.max_positions} (model.max_positions)")
         if positions_BS is None:
             return self.positions.weight[start:end]
-        return self.positions(positions_BS)  # type: ignore[no-any-return]
+        return self.positions(positions_BS)
 
     @staticmethod
     def _rotation(rope: RopeTables | None, start: int, x_BSE: Tensor, positions_BS: Tensor | None) -> Rotation | None:
