@@ -1,0 +1,1 @@
+"""Hydra YAML groups, importable as megalite.configs. Values only: types, rules and meanings live in megalite.config."""
