@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
 from megalite.checkpoint import dcp
 from megalite.comm import Communicator
@@ -59,14 +60,15 @@ class CheckpointStore:
         failure = ""
         try:
             dcp.save_tensors(part, tensors, self.comm.mesh.group(*AXES))
-        except (OSError, RuntimeError) as error:
+        except (OSError, CheckpointException) as error:
             failure = str(error).strip().splitlines()[-1]
         self.comm.on_rank_zero(lambda: self._commit(part, final, trainer, failure))
         return final
 
     def _start(self, part: Path) -> None:
         try:
-            shutil.rmtree(part, ignore_errors=True)
+            for leftover in self.folder.glob("*.part"):
+                shutil.rmtree(leftover, ignore_errors=True)
             part.mkdir(parents=True)
         except OSError as error:
             raise RunError(f"{part}: cannot write the checkpoint ({error.strerror}); free space or change run.dir") from error

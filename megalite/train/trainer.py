@@ -1,0 +1,233 @@
+"""The trainer: `train_step` is the whole mathematics of a step; all that only watches is a callback.
+
+    for metrics in Trainer(load_config("experiment=quickstart")):
+        ...
+"""
+
+import math
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalite.checkpoint.store import CheckpointStore
+from megalite.comm import Communicator
+from megalite.config.schema import Config
+from megalite.errors import RunError
+from megalite.optim.optimizer import Optimizer
+from megalite.parallel.data import REPLICATED_OVER, Gradients
+from megalite.precision import choose_precision
+from megalite.train import build
+from megalite.train.callback import Callback, StepMetrics
+from megalite.train.evaluate import Evaluation, evaluate
+from megalite.train.interrupt import StopRequest
+from megalite.train.observers import make_observers
+from megalite.train.resume import resume, training_state
+from megalite.train.run_folder import check_free_space, open_run_folder, run_path, write_environment
+from megalite.world import join, world_from_environment
+
+
+class Trainer:
+    """Builds a run from its configuration, resuming by itself; iterate to train. One instance a process.
+
+    `step`: steps done. `facts`: what the header shows. Raises UserError for bad input before anything is trained.
+    """
+
+    def __init__(self, config: Config, callbacks: Sequence[Callback] | None = None) -> None:
+        self.config = config
+        self.world = world_from_environment()
+        self.mesh = build.make_mesh(config, self.world)
+        join(self.world)
+        self.comm = Communicator(self.mesh)
+        self.run_dir: Path = run_path(config)
+        held: list[Any] = []
+        self.comm.on_rank_zero(lambda: held.append(open_run_folder(config)))
+        self._lock = held  # keeps the folder locked while this trainer lives
+        settled = build.settle_process(config, self.world)
+        self.device = self.world.device
+        self.precision = choose_precision(config.precision.name, self.device)
+        self.data = build.make_data(config, self.comm)
+        self.model = build.make_model(config, self.data, self.precision, self.device)
+        self.gradients = Gradients(
+            list(self.model.parameters()), self.comm, self.precision.main, config.parallel.bucket_mb * 2**20
+        )
+        self.optimizer = Optimizer(self.model, self.gradients, config.optim, config.train.steps)
+        self.store = CheckpointStore(self.run_dir / "checkpoints", self.comm, config.checkpoint.keep)
+        state_bytes = sum(t.numel() * t.element_size() for t in self.optimizer.state_tensors().values())
+        if config.checkpoint.final or config.checkpoint.every:
+            self.comm.on_rank_zero(lambda: check_free_space(self.run_dir, state_bytes))
+        self.facts = build.run_facts(config, self.world, self.mesh, self.data, self.model, self.precision)
+        self.facts.update(run_dir=str(self.run_dir), set_by_engine=settled)
+        self.skipped_in_a_row = 0
+        self.step = 0
+        resumed_from = resume(self)
+        self.start_step = self.step
+        if resumed_from:
+            self.facts["resumed_from"] = str(resumed_from)
+        self.stopping = False
+        watchers = make_observers(config) if callbacks is None else callbacks
+        self.callbacks = [c for c in watchers if c.every_rank or self.mesh.rank == 0]
+
+    def fit(self) -> None:
+        """Train to the last step (or until asked to stop)."""
+        for _ in self:
+            pass
+
+    def __iter__(self) -> Iterator[StepMetrics]:
+        with StopRequest() as stop:
+            try:
+                while self.step < self.config.train.steps and not self.stopping:
+                    metrics = self._evaluated(self.train_step(stop.asked))
+                    for callback in self.callbacks:
+                        callback.on_step(self, metrics)
+                    if self._checkpoint_due():
+                        self.save()
+                    yield metrics
+            finally:
+                for callback in self.callbacks:
+                    callback.on_end(self)
+
+    def train_step(self, asked_to_stop: bool = False) -> StepMetrics:
+        """One optimizer step over the global batch: accumulate, reduce, clip, update.
+
+        The loss is divided by the number of valid tokens of the whole global batch before backward, so ranks and
+        microbatches with fewer valid tokens weigh exactly what they should.
+        """
+        started = time.perf_counter()
+        step = self.step + 1
+        microbatches = self._microbatches(step)
+        data_s = time.perf_counter() - started
+        valid = torch.tensor([sum(int((m.targets >= 0).sum()) for m in microbatches)], dtype=torch.float64)
+        self.comm.all_reduce(valid, *REPLICATED_OVER)
+        tokens = max(valid.item(), 1.0)
+
+        self.gradients.zero()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for number, batch in enumerate(microbatches, start=1):
+            with self.gradients.accumulating(last_microbatch=number == len(microbatches)):
+                losses = self.model.loss(batch.tokens, batch.targets, batch.documents, z_loss=self.config.train.z_loss)
+                ((losses.nll_sum + self.config.train.z_loss * losses.z_sum) / tokens).backward()
+            sums += torch.stack([losses.nll_sum, losses.z_sum]).detach().double().cpu()
+        self.gradients.finish()
+        totals = torch.cat([sums, torch.tensor([float(asked_to_stop)])])
+        self.comm.all_reduce(totals, *REPLICATED_OVER)
+
+        nll_sum, z_sum, stop = totals.tolist()
+        loss, z_loss = nll_sum / tokens, z_sum / tokens
+        grad_norm = self.gradients.global_norm().item()
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            if 0 < self.config.optim.clip < grad_norm:
+                self.gradients.scale(self.config.optim.clip / grad_norm)
+            self.optimizer.step(step)
+        self.step, self.stopping = step, stop > 0
+        self._note_skip(finite, loss, grad_norm)
+        return self._measured(loss, z_loss, grad_norm, not finite, time.perf_counter() - started, data_s)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Tell the callbacks about something rare; kept in events.jsonl."""
+        for callback in self.callbacks:
+            callback.on_event(self, {"kind": kind, "step": self.step, **facts})
+
+    def save(self) -> Path:
+        """Write this step's checkpoint; complete on disk when it returns."""
+        started = time.perf_counter()
+        path = self.store.save(self.step, *training_state(self))
+        self.event("save", path=str(path), seconds=round(time.perf_counter() - started, 3))
+        return path
+
+    def evaluate(self, max_batches: int = 0) -> list[Evaluation]:
+        """Loss on every validation set, over all ranks."""
+        token_bytes = torch.as_tensor(self.data.token_bytes)
+        where = (self.comm, self.config.train.micro_batch, self.device)
+        return [evaluate(self.model, v, token_bytes, *where, max_batches) for v in self.data.validation]
+
+    def _microbatches(self, step: int) -> list[Any]:
+        """This rank's microbatches of `step`. Sample numbers depend on step and layout-free order alone."""
+        micro, ranks = self.config.train.micro_batch, self.mesh.size("dp")
+        first = (step - 1) * self.config.train.global_batch + self.mesh.index("dp") * micro
+        starts = range(first, step * self.config.train.global_batch, micro * ranks)
+        return [self.data.train.batch(range(start, start + micro)).to(self.device) for start in starts]
+
+    def _begin(self) -> None:
+        if self.config.train.dry_run and self.step < self.config.train.steps:
+            self.facts["predicted_step_s"] = self._dry_run()
+        if self.mesh.rank == 0:
+            write_environment(self.run_dir, self.facts, self.start_step)
+        for callback in self.callbacks:
+            callback.on_start(self)
+        if self.start_step:
+            self.event("resume", path=self.facts.get("resumed_from"))
+
+    def _dry_run(self) -> float:
+        """A throw-away microbatch, twice: memory and shape errors come before step 1. Returns predicted seconds a step."""
+        batch = self._microbatches(1)[0]
+        seconds = 0.0
+        for _ in range(2):
+            started = time.perf_counter()
+            self.gradients.zero()
+            with self.gradients.accumulating(last_microbatch=False):
+                losses = self.model.loss(batch.tokens, batch.targets, batch.documents, z_loss=self.config.train.z_loss)
+                ((losses.nll_sum + losses.z_sum * self.config.train.z_loss) / batch.targets.numel()).backward()
+            seconds = time.perf_counter() - started
+        return seconds * int(self.facts["accumulation"])
+
+    def _evaluated(self, metrics: StepMetrics) -> StepMetrics:
+        """The same metrics with the main validation set's results, on steps that evaluate."""
+        train = self.config.train
+        last = self.step == train.steps and train.final_eval
+        if not last and (train.eval_every == 0 or self.step % train.eval_every):
+            return metrics
+        results = self.evaluate(0 if last else train.eval_batches)
+        for result in results:
+            self.event("evaluation", **result._asdict())
+        if not results:
+            return metrics
+        measured = {"val_loss": results[0].loss, "val_bits_per_byte": results[0].bits_per_byte}
+        return StepMetrics(**{**vars(metrics), **measured})
+
+    def _checkpoint_due(self) -> bool:
+        checkpoint, done = self.config.checkpoint, self.step == self.config.train.steps
+        return bool(
+            self.stopping or (done and checkpoint.final) or (checkpoint.every and self.step % checkpoint.every == 0)
+        )
+
+    def _note_skip(self, finite: bool, loss: float, grad_norm: float) -> None:
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if finite:
+            return
+        self.event("skip", loss=repr(loss), grad_norm=repr(grad_norm), why="loss or gradient is not finite")
+        if self.skipped_in_a_row >= self.config.train.nonfinite_limit:
+            raise RunError(
+                f"train.nonfinite_limit: {self.skipped_in_a_row} steps in a row had a loss or gradient that is not"
+                f" finite (step {self.step}); lower optim.lr or resume from an older checkpoint"
+            )
+
+    def _measured(
+        self, loss: float, z_loss: float, grad_norm: float, skipped: bool, step_s: float, data_s: float
+    ) -> StepMetrics:
+        step_tokens = self.config.train.global_batch * self.config.data.sequence_length
+        flops = self.facts["flops_per_token"] * step_tokens / step_s / self.mesh.world_size
+        peak = self.facts["peak_flops"]
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return StepMetrics(
+            step=self.step,
+            tokens=self.step * step_tokens,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=self.optimizer.lr(self.step),
+            tokens_per_s=step_tokens / step_s,
+            model_tflops=flops / 1e12,
+            mfu=flops / peak if peak else None,
+            memory_gb=memory / 1e9,
+            step_s=step_s,
+            data_s=data_s,
+            skipped=skipped,
+            z_loss=z_loss,
+        )

@@ -1,0 +1,121 @@
+"""One shared pool of started gloo workers for every test that needs ranks.
+
+`run_ranks(world, function, *arguments)` runs a module-level function on `world` processes joined in a fresh process
+group and returns what each rank returned. A rank that fails or hangs fails the test with its traceback or the stacks.
+"""
+
+import atexit
+import faulthandler
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def _serve(pipe: Connection, stacks: str) -> None:
+    from megalite.world import leave
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(stacks, "w") as file:
+        faulthandler.register(signal.SIGUSR1, file, all_threads=True)
+        while True:
+            try:
+                rank, world, port, function, arguments = pipe.recv()
+            except EOFError:
+                return
+            os.environ.update(
+                RANK=str(rank),
+                WORLD_SIZE=str(world),
+                LOCAL_RANK=str(rank),
+                LOCAL_WORLD_SIZE=str(world),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+                TORCHELASTIC_USE_AGENT_STORE="False",
+            )
+            try:
+                pipe.send(("ok", function(*arguments)))
+            except BaseException:
+                pipe.send(("error", traceback.format_exc()))
+            finally:
+                leave()
+
+
+class Pool:
+    def __init__(self) -> None:
+        self.workers: list[tuple[Any, Connection, str]] = []
+
+    def grow(self, size: int) -> None:
+        while len(self.workers) < size:
+            here, there = CONTEXT.Pipe()
+            handle, stacks = tempfile.mkstemp(suffix=".stacks")
+            os.close(handle)
+            process = CONTEXT.Process(target=_serve, args=(there, stacks), daemon=True)
+            process.start()
+            there.close()
+            self.workers.append((process, here, stacks))
+
+    def stop(self) -> None:
+        for process, pipe, stacks in self.workers:
+            process.kill()
+            process.join()
+            pipe.close()
+            os.unlink(stacks)
+        self.workers = []
+
+    def run(self, world: int, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> list[Any]:
+        self.grow(world)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        members = self.workers[:world]
+        for rank, (_, pipe, _) in enumerate(members):
+            pipe.send((rank, world, port, function, arguments))
+        results: dict[int, Any] = {}
+        waiting = {pipe: rank for rank, (_, pipe, _) in enumerate(members)}
+        while waiting:
+            ready = wait(list(waiting), timeout)
+            if not ready:
+                raise AssertionError(self._hang_report(sorted(waiting.values()), timeout))
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # type: ignore[arg-type]
+                try:
+                    kind, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    kind, value = "error", "the process died"
+                if kind == "error":
+                    self.stop()
+                    raise AssertionError(f"rank {rank} of {world} failed:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(world)]
+
+    def _hang_report(self, ranks: list[int], timeout: float) -> str:
+        lines = [f"ranks {ranks} gave no answer in {timeout} s; their stacks:"]
+        for rank in ranks:
+            process, _, stacks = self.workers[rank]
+            os.kill(process.pid, signal.SIGUSR1)
+            process.join(0.5)
+            with open(stacks) as file:
+                lines.append(f"rank {rank}:\n{file.read()}")
+        self.stop()
+        return "\n".join(lines)
+
+
+POOL = Pool()
+atexit.register(POOL.stop)
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> list[Any]:
+    """Results of `function(*arguments)` by rank; the function joins the group itself through megalite.world."""
+    sys.stdout.flush()
+    return POOL.run(world, function, arguments, timeout)
