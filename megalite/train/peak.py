@@ -1,0 +1,54 @@
+"""The fastest matrix product this process reaches: what MFU is measured against, instead of a data sheet's figure."""
+
+import time
+
+import torch
+
+BUDGET_SECONDS = 0.3
+LARGEST = {"cpu": 2048, "cuda": 8192}
+
+
+def measured_matmul_peak(device: torch.device, dtype: torch.dtype, threads: int = 0) -> float:
+    """FLOP/s of the best square product found in about 0.3 s. `threads`: CPU threads of this process (0: as set).
+
+    Sizes double as long as the next is expected to fit the time that is left, so slow types stay within it too. The
+    ranks of a host measure at the same moment, so each gets the peak it has beside the others.
+    """
+    threads_before = torch.get_num_threads()
+    if threads and device.type == "cpu":
+        torch.set_num_threads(threads)
+    try:
+        return _best_rate(device, dtype)
+    finally:
+        if torch.get_num_threads() != threads_before:
+            torch.set_num_threads(threads_before)
+
+
+def _best_rate(device: torch.device, dtype: torch.dtype) -> float:
+    deadline = time.perf_counter() + BUDGET_SECONDS
+    best, size = 0.0, 256
+    while True:
+        left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        out = torch.empty_like(left)
+        _seconds(left, right, out)
+        seconds = _seconds(left, right, out)
+        best = max(best, 2 * size**3 / seconds)
+        now = time.perf_counter()
+        # a size eight times the work is run twice
+        if size < LARGEST.get(device.type, 4096) and now + 16 * seconds < deadline:
+            size *= 2
+        elif now + seconds >= deadline:
+            return best
+
+
+def _seconds(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> float:
+    _wait(left.device)
+    started = time.perf_counter()
+    torch.mm(left, right, out=out)
+    _wait(left.device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
