@@ -1,0 +1,104 @@
+"""The corpus that every machine already has: the standard library's Python sources (several MB, PSF licence).
+
+The same Python gives the same documents in the same order. Nothing is cleaned; what is left out is counted and said.
+"""
+
+import hashlib
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalite.errors import UserError
+
+LICENCE = "Python Software Foundation License 2 (PSF-2.0)"
+_EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload"}
+_EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")  # this machine's build settings, not library source
+_LARGEST_SHARE = 0.1  # of the validation part that one file may fill, so that no single file decides the score
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of both parts, in order, and what a reader should know about them."""
+
+    train: list[str]
+    validation: list[str]
+    notes: list[str]  # for people: sizes, licence, everything that was left out
+    digest: str  # of every name and byte that was read
+
+
+def embedded_corpus(validation_share: float = 0.05, max_bytes: int = 0, folder: Path | None = None) -> Corpus:
+    """The sources under `folder` (default: this Python's library), split by file into training and validation.
+
+    Files are in order of their relative paths. Which ones are validation depends on a hash of the path: in that order
+    files are taken until they fill `validation_share` of the bytes. `max_bytes` cuts the training part (0: all of it).
+    """
+    folder = folder or Path(sysconfig.get_path("stdlib"))
+    digest, documents, undecodable, empty = hashlib.sha256(), {}, [], 0
+    for name in _source_files(folder):
+        content = (folder / name).read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            undecodable.append(name)
+            continue
+        if text:
+            documents[name] = text
+        else:
+            empty += 1
+    if not documents:
+        raise UserError(f"data.path: no Python sources in {folder}; give data.path=PREFIX of a built dataset instead")
+    held_out = _held_out(documents, validation_share)
+    train = [text for name, text in documents.items() if name not in held_out]
+    validation = [text for name, text in documents.items() if name in held_out]
+    if max_bytes:
+        train = _first_bytes(train, max_bytes)
+    notes = [
+        f"corpus: Python standard library sources, {len(train)} files {_megabytes(train)} to train,"
+        f" {len(validation)} files {_megabytes(validation)} to validate; {LICENCE}",
+        f"corpus: left out {empty} empty files and {len(undecodable)} that are not UTF-8"
+        + (f" ({', '.join(undecodable)})" if undecodable else "")
+        + "; tests and installed packages are no part of it",
+    ]
+    return Corpus(train, validation, notes, digest.hexdigest())
+
+
+def _source_files(folder: Path) -> list[str]:
+    names = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [f for f in folders if f not in _EXCLUDED_FOLDERS and not f.startswith(_EXCLUDED_PREFIXES)]
+        names += [
+            (Path(root) / file).relative_to(folder).as_posix()
+            for file in files
+            if file.endswith(".py") and not file.startswith(_EXCLUDED_PREFIXES)
+        ]
+    return sorted(names)
+
+
+def _held_out(documents: dict[str, str], share: float) -> set[str]:
+    sizes = {name: len(text.encode()) for name, text in documents.items()}
+    wanted, taken, filled = share * sum(sizes.values()), set(), 0
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if filled >= wanted:
+            break
+        if sizes[name] <= max(wanted * _LARGEST_SHARE, 4096):
+            taken.add(name)
+            filled += sizes[name]
+    return taken
+
+
+def _first_bytes(documents: list[str], limit: int) -> list[str]:
+    kept = []
+    for text in documents:
+        content = text.encode()[:limit]
+        kept.append(content.decode("utf-8", errors="ignore"))  # only a character cut in two at the limit is dropped
+        limit -= len(content)
+        if limit <= 0:
+            break
+    return [text for text in kept if text]
+
+
+def _megabytes(documents: list[str]) -> str:
+    return f"{sum(len(text.encode()) for text in documents) / 1e6:.1f} MB"
