@@ -82,6 +82,6 @@ class Communicator:
         outcome = self.broadcast_json(outcome)
         if "error" in outcome:
             failure = UserError(*outcome["error"])
-            failure.exit_code = outcome["code"]
+            failure.exit_code, failure.on_every_rank = outcome["code"], True
             raise failure
         return outcome["result"]

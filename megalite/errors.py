@@ -8,6 +8,7 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    on_every_rank = False  # raised on all ranks alike, so that one of them speaks for all
 
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(lines))

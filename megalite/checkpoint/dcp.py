@@ -87,11 +87,15 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], group: dist.Pro
     dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
 
 
-def load_tensors(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    """Fill `tensors` in place. Every one must be there with its shape and dtype, and nothing else but rng.*."""
+def load_tensors(
+    folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None, also_stored: tuple[str, ...] = ()
+) -> None:
+    """Fill `tensors` in place. Every one must be there with its shape and dtype; what else is stored must begin with
+    "rng." or one of `also_stored`."""
     metadata = read_metadata(folder).state_dict_metadata
     problems = [f"{name} missing" for name in tensors if name not in metadata]
-    problems += [f"{name} unexpected" for name in metadata if name not in tensors and not name.startswith("rng.")]
+    known = ("rng.", *also_stored)
+    problems += [f"{name} unexpected" for name in metadata if name not in tensors and not name.startswith(known)]
     for name, tensor in tensors.items():
         stored = metadata.get(name)
         if isinstance(stored, TensorStorageMetadata) and (

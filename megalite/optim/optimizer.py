@@ -8,7 +8,7 @@ from torch import nn
 from megalite.config.schema import OptimConfig
 from megalite.optim.muon import Muon
 from megalite.optim.schedule import lr_share
-from megalite.parallel.data import Gradients
+from megalite.parallel.data import REPLICATED_OVER, Gradients
 from megalite.parallel.parameter import Role, declared_parameters
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -56,7 +56,7 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, gradients: Gradients, optim: OptimConfig, steps: int) -> None:
-        self.config, self.steps = optim, steps
+        self.config, self.steps, self.comm = optim, steps, gradients.comm
         self.main: dict[str, torch.Tensor] = {}
         self._copies: list[tuple[nn.Parameter, torch.Tensor]] = []
         groups: dict[Rule, list[torch.Tensor]] = {}
@@ -76,7 +76,7 @@ class Optimizer:
         optim = self.config
         groups = [{"params": weights, "peak_lr": rule.lr}]
         if rule.muon:
-            return Muon(groups, rule.lr, optim.momentum, rule.weight_decay)  # type: ignore[arg-type]
+            return Muon(groups, rule.lr, optim.momentum, rule.weight_decay, self.comm, REPLICATED_OVER)  # type: ignore[arg-type]
         if optim.name == "sgd":
             return DecoupledSGD(groups, rule.lr, optim.momentum, weight_decay=rule.weight_decay)
         betas = (optim.beta1, optim.beta2)

@@ -1,0 +1,38 @@
+"""`megalite eval`: validation loss, perplexity and bits per byte of a training checkpoint, on any number of processes."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalite.config.options import parse_options
+from megalite.config.schema import key
+from megalite.errors import UserError
+from megalite.world import join, leave, world_from_environment
+
+USAGE = "Usage: megalite eval run=runs/NAME [checkpoint=step_00000100] [key=value ...]"
+
+
+@dataclass
+class EvalOptions:
+    run: str = key("", "Folder of the run.")
+    checkpoint: str = key("", "Name of one of its checkpoints; empty: the newest.")
+    batches: int = key(0, "Global batches to read; 0: the whole validation set.", minimum=0)
+
+
+def run(arguments: list[str]) -> int:
+    options = parse_options(EvalOptions, arguments, USAGE)
+    world = world_from_environment()
+    from megalite.train.standalone import evaluate_run
+
+    if not options.run:
+        raise UserError("run: missing; give the folder of a run, such as run=runs/quickstart")
+    try:
+        join(world)
+        for result in evaluate_run(Path(options.run), options.checkpoint, options.batches):
+            bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
+            if world.rank == 0:
+                perplexity = math.exp(min(result.loss, 700.0))
+                print(f"{result.name}: loss {result.loss:.6f}, perplexity {perplexity:.3f}{bits}, {result.tokens:,} tokens")
+    finally:
+        leave()
+    return 0
