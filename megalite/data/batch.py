@@ -22,6 +22,10 @@ class Batch:
     targets: Tensor
     documents: Tensor | None
 
+    def to(self, device: torch.device) -> "Batch":
+        documents = None if self.documents is None else self.documents.to(device)
+        return Batch(self.tokens.to(device), self.targets.to(device), documents)
+
 
 class TrainingSet(Protocol):
     """Sample n is the same whoever asks, in whatever order, before or after a restart."""

@@ -79,6 +79,7 @@ class Trainer:
     def __iter__(self) -> Iterator[StepMetrics]:
         with StopRequest() as stop:
             try:
+                self._begin()
                 while self.step < self.config.train.steps and not self.stopping:
                     metrics = self._evaluated(self.train_step(stop.asked))
                     for callback in self.callbacks:
