@@ -1,0 +1,136 @@
+"""Hugging Face folders (config.json and safetensors) read as StoredModel and written from one. No transformers here."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.huggingface.families import SPECIAL_TOKENS
+from megalite.checkpoint.huggingface.names import IGNORED, PREFIXES, Rule, rules_for
+from megalite.checkpoint.huggingface.read import read_config
+from megalite.checkpoint.huggingface.write import write_config
+from megalite.checkpoint.stored_model import StoredModel, parameter_shapes
+from megalite.checkpoint.tensor_folder import SHARD_BYTES, TensorFolder, new_folder, read_json, safe_file, write_tensors
+from megalite.errors import UserError
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""Files that travel with a model unchanged."""
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def open_huggingface(folder: Path) -> StoredModel:
+    """The model in a Hugging Face folder. UserError, in one line, when a tensor is missing, left over or mis-shaped."""
+    document = read_json(safe_file(folder, "config.json"))
+    config = read_config(document, str(folder / "config.json"))
+    assert config.vocab is not None and config.max_positions is not None
+    shapes = parameter_shapes(config, config.vocab, config.max_positions)
+    stored = TensorFolder(folder)
+    rules = rules_for(config.family, config.layers, shapes)
+    _check(folder, rules, shapes, stored, PREFIXES[config.family])
+    places = {name: (rule, position) for rule in rules for position, name in enumerate(rule.ours)}
+
+    def tensor(name: str) -> Tensor:
+        rule, position = places[name]
+        whole = stored[stored_name(rule.theirs, stored, PREFIXES[config.family])]
+        whole = whole.T if rule.transposed else whole
+        start = sum(shapes[before][0] for before in rule.ours[:position])
+        return whole[start : start + shapes[name][0]]
+
+    return StoredModel(
+        config=config,
+        vocab=config.vocab,
+        max_positions=config.max_positions,
+        dtype=tensor("embedding.weight").dtype,
+        tensor=tensor,
+        folder=folder,
+        special_tokens={key: document[key] for key in SPECIAL_TOKENS if document.get(key) is not None},
+    )
+
+
+def export_huggingface(model: StoredModel, output: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write `model` as a folder that transformers loads; tensors keep their dtype. The folder appears whole or not."""
+    shapes = model.shapes()
+    rules = {rule.theirs: rule for rule in rules_for(model.config.family, model.config.layers, shapes)}
+    document = write_config(model.config, model.vocab, model.max_positions)
+    document |= dict.fromkeys(SPECIAL_TOKENS) | dict(model.special_tokens)
+    document |= {"torch_dtype": str(model.dtype).removeprefix("torch."), "use_cache": True}
+    unwritten = set(shapes) - {name for rule in rules.values() for name in rule.ours}
+    assert not unwritten, f"no Hugging Face name for {unwritten}"
+    sizes = {
+        theirs: sum(torch.Size(shapes[name]).numel() for name in rule.ours) * model.dtype.itemsize
+        for theirs, rule in rules.items()
+    }
+
+    def tensor(theirs: str) -> Tensor:
+        rule = rules[theirs]
+        parts = [model.tensor(name) for name in rule.ours]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.T if rule.transposed else whole
+
+    with new_folder(output) as folder:
+        (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_tensors(folder, sizes, tensor, shard_bytes)
+        copy_companions(model.folder, folder)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(safe_file(source, name), target / name)
+
+
+def stored_name(theirs: str, stored: Iterable[str], prefix: str) -> str:
+    """The name in the folder: folders saved from a headless model lack the prefix."""
+    short = theirs.removeprefix(prefix)
+    return short if theirs not in stored and short in stored else theirs
+
+
+def _check(folder: Path, rules: list[Rule], shapes: Shapes, stored: TensorFolder, prefix: str) -> None:
+    """Every tensor that the rules ask for is there in its shape, and nothing else."""
+    missing, misshaped = [], []
+    expected = set()
+    for rule in rules:
+        name = stored_name(rule.theirs, stored, prefix)
+        expected.add(name)
+        rows = sum(shapes[ours][0] for ours in rule.ours)
+        wanted: Any = (rows, *shapes[rule.ours[0]][1:])
+        wanted = wanted[::-1] if rule.transposed else wanted
+        if name not in stored:
+            missing.append(name)
+        elif stored.shapes[name] != wanted:
+            misshaped.append(f"{name} {list(stored.shapes[name])} instead of {list(wanted)}")
+    unexpected = [name for name in stored if name not in expected and not name.endswith(IGNORED)]
+    if "lm_head.weight" in unexpected and _equal(stored, "lm_head.weight", rules, prefix):
+        unexpected.remove("lm_head.weight")  # a tied head stored a second time
+    problems = [
+        f"{what} {_some(names)}"
+        for what, names in (("missing", missing), ("mis-shaped", misshaped), ("unexpected", unexpected))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{folder}: tensors do not fit its config.json: {'; '.join(problems)}; fetch the folder again")
+
+
+def _equal(stored: TensorFolder, head: str, rules: list[Rule], prefix: str) -> bool:
+    embedding = next(rule.theirs for rule in rules if rule.ours == ("embedding.weight",))
+    name = stored_name(embedding, stored, prefix)
+    return name in stored and torch.equal(stored[head], stored[name])
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

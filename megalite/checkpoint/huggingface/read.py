@@ -1,0 +1,157 @@
+"""config.json of a Hugging Face folder to ModelConfig. Knows nothing of tensors or of torch."""
+
+import dataclasses
+import math
+from typing import Any
+
+from megalite.checkpoint.huggingface.families import (
+    BY_MODEL_TYPE,
+    FAMILIES,
+    GELU_TANH,
+    ONE_KIND_OF_LAYER,
+    SILU,
+    WITH_SOFTCAPS,
+)
+from megalite.config.schema import ModelConfig, RopeConfig
+from megalite.errors import UserError
+
+
+def read_config(document: dict[str, Any], where: str) -> ModelConfig:
+    """The model that a config.json describes; UserError names what it asks for that this engine does not have."""
+    name = BY_MODEL_TYPE.get(str(document.get("model_type")))
+    if name is None:
+        known = ", ".join(BY_MODEL_TYPE)
+        raise UserError(f"{where}: model_type={document.get('model_type')} is not supported; supported: {known}")
+    family = FAMILIES[name]
+    values = {key: value for key, value in (family.defaults | document).items() if value is not None}
+    try:
+        return _read_gpt2(values, where) if name == "gpt2" else _read_llama_like(name, values, where)
+    except KeyError as error:
+        raise UserError(f"{where}: has no {error}; fetch the file again") from None
+    except (TypeError, ValueError, AttributeError):
+        raise UserError(f"{where}: a value has the wrong type; fetch the file again") from None
+
+
+def _read_gpt2(values: dict[str, Any], where: str) -> ModelConfig:
+    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        if values.get(key):
+            raise UserError(f"{where}: {key}=true is not supported; only plain GPT-2 folders are")
+    hidden = int(values.get("n_embd", 768))
+    return ModelConfig(
+        family="gpt2",
+        layers=int(values.get("n_layer", 12)),
+        hidden=hidden,
+        heads=int(values.get("n_head", 12)),
+        ffn=int(values.get("n_inner") or 4 * hidden),
+        vocab=int(values.get("vocab_size", 50257)),
+        max_positions=int(values.get("n_positions", 1024)),
+        norm_eps=float(values.get("layer_norm_epsilon", 1e-5)),
+        activation=_activation(values.get("activation_function", "gelu_new"), where, gated=False),
+        tied_embeddings=bool(values["tie_word_embeddings"]),
+        attention_scale=None if values.get("scale_attn_weights", True) else 1.0,
+        init_std=float(values.get("initializer_range", 0.02)),
+        **FAMILIES["gpt2"].fixed,
+    )
+
+
+def _read_llama_like(name: str, values: dict[str, Any], where: str) -> ModelConfig:
+    gemma = name.startswith("gemma")
+    heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
+    bias = bool(values.get("attention_bias", False)) and name in ("llama", "qwen3", "gemma", "gemma2", "gemma3")
+    stated = values.get(FAMILIES[name].activation_key, GELU_TANH[0] if gemma else SILU[0])
+    if gemma and stated == "gelu":  # early Gemma folders, which mean the tanh form
+        stated = GELU_TANH[0]
+    window, pattern = _read_window(name, values, where)
+    config = ModelConfig(
+        family=name,
+        layers=int(values["num_hidden_layers"]),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=int(values.get("num_key_value_heads", heads)),
+        head_dim=int(values.get("head_dim", hidden // heads)),
+        ffn=int(values["intermediate_size"]),
+        vocab=int(values["vocab_size"]),
+        max_positions=int(values["max_position_embeddings"]),
+        rope=_read_rope(values, where),
+        norm_eps=float(values["rms_norm_eps"]),
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bool(values.get("mlp_bias", False)) and name == "llama",
+        tied_embeddings=bool(values.get("tie_word_embeddings", False)),
+        embedding_scale=hidden**0.5 if gemma else 1.0,
+        attention_scale=float(values["query_pre_attn_scalar"]) ** -0.5 if name in WITH_SOFTCAPS else None,
+        attention_softcap=values.get("attn_logit_softcapping") if name in WITH_SOFTCAPS else None,
+        logit_softcap=values.get("final_logit_softcapping") if name in WITH_SOFTCAPS else None,
+        window=window,
+        window_pattern=pattern,
+        init_std=float(values.get("initializer_range", 0.02)),
+        activation=_activation(stated, where, gated=True),
+    )
+    if config.rope.local_theta is not None and window is None:
+        config.rope.local_theta = None
+    return dataclasses.replace(config, **FAMILIES[name].fixed)
+
+
+def _activation(name: object, where: str, *, gated: bool) -> str:
+    if gated:
+        found = "swiglu" if name in SILU else "geglu" if name in GELU_TANH else None
+    else:
+        found = "gelu_tanh" if name in GELU_TANH else {"gelu": "gelu", "relu2": "relu2"}.get(str(name))
+    if found is None:
+        raise UserError(f"{where}: activation {name} is not supported in this family")
+    return found
+
+
+def _read_window(name: str, values: dict[str, Any], where: str) -> tuple[int | None, int]:
+    """The sliding window and after how many layers one sees everything."""
+    layers = int(values["num_hidden_layers"])
+    window = values.get("sliding_window")
+    unused = name.startswith("qwen") and not values.get("use_sliding_window")
+    if window is None or unused or name in ONE_KIND_OF_LAYER:
+        return None, 1
+    if name == "mistral":
+        return int(window), 1
+    kinds = values.get("layer_types")
+    if kinds is None and name.startswith("qwen"):
+        first = int(values.get("max_window_layers", 28))
+        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    if kinds is None:
+        n = int(values["sliding_window_pattern"])
+        kinds = ["sliding_attention" if (i + 1) % n else "full_attention" for i in range(layers)]
+    return _pattern(int(window), list(kinds), layers, where)
+
+
+def _pattern(window: int, kinds: list[Any], layers: int, where: str) -> tuple[int | None, int]:
+    if len(kinds) == layers and set(kinds) == {"full_attention"}:
+        return None, 1
+    for n in range(1, layers + 1):
+        if kinds == ["full_attention" if n > 1 and (i + 1) % n == 0 else "sliding_attention" for i in range(layers)]:
+            return window, n
+    raise UserError(f"{where}: layer_types is no repeated pattern that ends in full attention; not supported")
+
+
+def _read_rope(values: dict[str, Any], where: str) -> RopeConfig:
+    stated = dict(values.get("rope_parameters") or {})
+    local = values.get("rope_local_base_freq")
+    if "full_attention" in stated:
+        local = (stated.get("sliding_attention") or {}).get("rope_theta", local)
+        stated = dict(stated["full_attention"])
+    stated |= values.get("rope_scaling") or {}
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    rope = RopeConfig(
+        theta=float(stated.get("rope_theta", values.get("rope_theta", 10000.0))),
+        local_theta=None if local is None else float(local),
+    )
+    if kind == "default":
+        return rope
+    if kind not in ("linear", "yarn", "llama3") or stated.get("truncate") is False:
+        raise UserError(f"{where}: RoPE scaling {kind} is not supported; supported: default, linear, yarn, llama3")
+    rope.scaling, rope.factor = kind, float(stated["factor"])
+    rope.original_length = int(stated.get("original_max_position_embeddings", values["max_position_embeddings"]))
+    for key in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
+        if stated.get(key) is not None:
+            setattr(rope, key, float(stated[key]))
+    if rope.attention_factor is None and stated.get("mscale") and stated.get("mscale_all_dim"):
+        over, under = (0.1 * float(stated[key]) * math.log(rope.factor) + 1.0 for key in ("mscale", "mscale_all_dim"))
+        rope.attention_factor = over / under
+    return rope

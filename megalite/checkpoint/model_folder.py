@@ -1,0 +1,91 @@
+"""Model folders: `model.yaml` and safetensors under our own names; and the one way to load a model from any folder."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import yaml
+
+from megalite.checkpoint.huggingface.folder import copy_companions, open_huggingface
+from megalite.checkpoint.stored_model import StoredModel, empty_model
+from megalite.checkpoint.tensor_folder import SHARD_BYTES, TensorFolder, new_folder, safe_file, write_tensors
+from megalite.config.build import build
+from megalite.config.schema import ModelConfig, key
+from megalite.errors import UserError
+from megalite.model.transformer import Transformer
+from megalite.parallel.parameter import declaration
+
+DESCRIPTION = "model.yaml"
+
+
+@dataclasses.dataclass
+class Description:
+    """The content of model.yaml."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    vocab: int = key(1, "Rows of the embedding.", minimum=1)
+    max_positions: int = key(1, "Longest sequence.", minimum=1)
+
+
+def open_model(path: str | Path) -> StoredModel:
+    """The model in a folder of ours or of Hugging Face's; tensors are read later. Raises UserError."""
+    folder = Path(path)
+    if (folder / DESCRIPTION).exists():
+        return _open_native(folder)
+    if (folder / "config.json").exists():
+        return open_huggingface(folder)
+    raise UserError(f"{folder}: holds neither {DESCRIPTION} nor config.json; give the folder of a model")
+
+
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Transformer, StoredModel]:
+    """The model with its weights on `device`, in `dtype` (default: as stored), and what is known of it."""
+    stored = open_model(path)
+    model = empty_model(stored.config, stored.vocab, stored.max_positions)
+    for owner_name, owner in model.named_modules():
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is not None:
+                tensor = stored.tensor(f"{owner_name}.{name}").to(device, dtype or stored.dtype).contiguous()
+                loaded = torch.nn.Parameter(tensor)
+                loaded.declaration = declaration(parameter)  # type: ignore[attr-defined]
+                owner._parameters[name] = loaded
+    return model, stored
+
+
+def save_model(stored: StoredModel, output: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a model folder of ours. It appears whole or not at all."""
+    sizes = {name: torch.Size(shape).numel() * stored.dtype.itemsize for name, shape in stored.shapes().items()}
+    description = dataclasses.asdict(Description(stored.config, stored.vocab, stored.max_positions))
+    description["special_tokens"] = dict(stored.special_tokens)
+    with new_folder(output) as folder:
+        (folder / DESCRIPTION).write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
+        write_tensors(folder, sizes, stored.tensor, shard_bytes)
+        copy_companions(stored.folder, folder)
+
+
+def _open_native(folder: Path) -> StoredModel:
+    path = safe_file(folder, DESCRIPTION)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not YAML of a model; import the model again")
+    special_tokens = values.pop("special_tokens", None) or {}
+    described = build(Description, values)
+    tensors = TensorFolder(folder)
+    stored = StoredModel(
+        config=described.model,
+        vocab=described.vocab,
+        max_positions=described.max_positions,
+        dtype=tensors["embedding.weight"].dtype if "embedding.weight" in tensors else torch.float32,
+        tensor=tensors.__getitem__,
+        folder=folder,
+        special_tokens=special_tokens,
+    )
+    expected = stored.shapes()
+    wrong = sorted(name for name in expected.keys() | tensors.keys() if tensors.shapes.get(name) != expected.get(name))
+    if wrong:
+        raise UserError(f"{folder}: tensors do not fit {DESCRIPTION}: {', '.join(wrong[:3])}; import the model again")
+    return stored

@@ -1,0 +1,50 @@
+"""A model at rest, wherever it lies: what it is, and its logical tensors by our names, read when asked for."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megalite.config.schema import ModelConfig
+from megalite.model.transformer import Transformer
+from megalite.parallel.parameter import declared_parameters
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """`tensor(name)` reads one logical tensor [declared shape] to the CPU; `dtype` is the one most of them are in.
+
+    `special_tokens`: bos_token_id and the like, as Hugging Face's config.json has them. `folder`: where tokenizer
+    files may lie.
+    """
+
+    config: ModelConfig
+    vocab: int
+    max_positions: int
+    dtype: torch.dtype
+    tensor: Callable[[str], Tensor]
+    folder: Path
+    special_tokens: Mapping[str, int | list[int]] = field(default_factory=dict)
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer.json beside the model, when there is one."""
+        path = self.folder / "tokenizer.json"
+        return path if path.is_file() else None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return parameter_shapes(self.config, self.vocab, self.max_positions)
+
+
+def empty_model(config: ModelConfig, vocab: int, max_positions: int) -> Transformer:
+    """The model on the meta device: shapes and declarations, no storage."""
+    with torch.device("meta"):
+        return Transformer(config, vocab, max_positions)
+
+
+def parameter_shapes(config: ModelConfig, vocab: int, max_positions: int) -> dict[str, tuple[int, ...]]:
+    """Logical name -> shape of every parameter, in definition order."""
+    model = empty_model(config, vocab, max_positions)
+    return {name: declared.shape for name, _, declared in declared_parameters(model)}

@@ -1,0 +1,67 @@
+"""`megalite checkpoint ACTION`: models between this engine's folders and Hugging Face's."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalite.config.options import HelpRequested, parse_options, required
+from megalite.config.schema import key
+from megalite.config.tree import nearest
+from megalite.errors import UserError
+
+
+@dataclass(kw_only=True)
+class ImportOptions:
+    source: str = required("Hugging Face folder: config.json and safetensors.")
+    output: str = required("Model folder to create.")
+    shard_gb: float = key(5.0, "Largest file to write, in GB; a bigger model is split.", minimum=1e-6)
+
+
+@dataclass(kw_only=True)
+class ExportOptions:
+    checkpoint: str = required("Model folder, or training checkpoint.")
+    output: str = required("Hugging Face folder to create.")
+    shard_gb: float = key(5.0, "Largest file to write, in GB; a bigger model is split.", minimum=1e-6)
+
+
+def import_model(arguments: Sequence[str]) -> int:
+    usage = "Usage: megalite checkpoint import source=FOLDER output=FOLDER"
+    options = parse_options(ImportOptions, arguments, usage)
+    from megalite.checkpoint.huggingface.folder import open_huggingface
+    from megalite.checkpoint.model_folder import save_model
+
+    model = open_huggingface(Path(options.source))
+    save_model(model, Path(options.output), int(options.shard_gb * 1e9))
+    return _say(model.config.family, options.output)
+
+
+def export_model(arguments: Sequence[str]) -> int:
+    usage = "Usage: megalite checkpoint export checkpoint=FOLDER output=FOLDER"
+    options = parse_options(ExportOptions, arguments, usage)
+    from megalite.checkpoint.huggingface.folder import export_huggingface
+    from megalite.checkpoint.model_folder import open_model
+
+    model = open_model(options.checkpoint)
+    export_huggingface(model, Path(options.output), int(options.shard_gb * 1e9))
+    return _say(model.config.family, options.output)
+
+
+def _say(family: str, output: str) -> int:
+    print(f"{output}: written ({family})")
+    return 0
+
+
+ACTIONS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "import": (import_model, "a Hugging Face folder into a model folder"),
+    "export": (export_model, "a model or checkpoint into a Hugging Face folder"),
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {action:<8} {help}" for action, (_, help) in ACTIONS.items()]
+        raise HelpRequested("\n".join(["Usage: megalite checkpoint ACTION [key=value ...]", "", *lines]))
+    action, rest = arguments[0], arguments[1:]
+    if action not in ACTIONS:
+        raise UserError(f"{action}: unknown action; nearest: {', '.join(nearest(action, ACTIONS))}")
+    return ACTIONS[action][0](rest)
