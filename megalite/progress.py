@@ -4,6 +4,7 @@ Knows nothing of training (that live line is `train/observers/progress_line.py`)
 forks workers may run inside. Everything goes to stderr; NO_COLOR and dumb terminals are honoured.
 """
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -63,7 +64,9 @@ class Progress:
             self._next = now + self._interval
             self._console.print(f"{self.description}: {self.status()}", markup=False)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._draw()
             self._bar.stop()
@@ -99,7 +102,8 @@ class Progress:
 
 def quantity(value: float, unit: str = "") -> str:
     """`value` to three digits with a decimal prefix: 11.4 MB, 2.1k tokens, 820."""
-    prefixes = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)) if unit == "B" else (("B", 1e9), ("M", 1e6), ("k", 1e3))
+    billion = "G" if unit == "B" else "B"
+    prefixes = (("T", 1e12), (billion, 1e9), ("M", 1e6), ("k", 1e3))
     prefix, scale = next(((name, size) for name, size in prefixes if abs(value) >= 0.9995 * size), ("", 1.0))
     scaled = value / scale
     digits = 0 if scaled >= 99.95 or (scale == 1.0 and scaled == int(scaled)) else 1 if scaled >= 9.995 else 2
@@ -111,7 +115,7 @@ def quantity(value: float, unit: str = "") -> str:
 
 def duration(seconds: float) -> str:
     """m:ss, h:mm:ss, or `3d 04h` beyond two days."""
-    if seconds != seconds or seconds in (float("inf"), float("-inf")):
+    if not math.isfinite(seconds):
         return "?"
     whole = max(int(seconds + 0.5), 0)
     hours, minutes = whole // 3600, whole % 3600 // 60

@@ -1,5 +1,6 @@
-"""The block of text a run begins with: what is trained, how it is spread, what the engine chose by itself, what it will
-cost. `facts` is the trainer's dictionary of the same name (also stored in environment.json); missing facts are left out.
+"""The block of text a run begins with: what is trained, how it is spread, what the engine chose, what it will cost.
+
+`facts` is the trainer's dictionary of that name (also stored in environment.json); missing facts are left out.
 
 Keys read here: model, family, parameters, embedding_parameters, layers, hidden, layout, world_size, device, threads,
 precision, micro_batch, accumulation, global_batch, sequence_length, steps, data, tokenizer, vocab, backends (list of

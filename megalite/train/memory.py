@@ -32,13 +32,11 @@ class Memory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
-def predict(
-    config: Config, vocab: int, compute: torch.dtype, main: torch.dtype, device: str = "cpu"
-) -> Memory:
+def predict(config: Config, vocab: int, compute: torch.dtype, main: torch.dtype, device: str = "cpu") -> Memory:
     """Memory of one unsharded process with parameters and activations in `compute`, gradients and moments in `main`."""
     model, tokens = config.model, config.train.micro_batch * config.data.sequence_length
     counts = parameter_counts(model, vocab, model.max_positions or config.data.sequence_length)
-    moments = 1 if config.optim.name == "sgd" else 2
+    moments: float = 1 if config.optim.name == "sgd" else 2
     if config.optim.name == "muon":  # matrices keep one moment, everything else AdamW's two
         moments = 2 - counts.matrices / counts.total
     copies = 0 if compute == main else main.itemsize

@@ -9,12 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from megalite.report.run_folder import parse_row
 from megalite.train.callback import Callback, StepMetrics, TrainerView, logged
 
 
 def to_json(record: dict[str, Any]) -> str:
     """One line of strict JSON: floats by repr (every bit kept); NaN and infinities, which JSON lacks, become null."""
     return json.dumps(_finite(record), allow_nan=False, ensure_ascii=False, default=str)
+
+
+def metrics_row(metrics: StepMetrics) -> dict[str, Any]:
+    """The step's fields without those that were not measured."""
+    return {name: value for name, value in dataclasses.asdict(metrics).items() if value is not None}
 
 
 def _finite(value: Any) -> Any:
@@ -29,7 +35,7 @@ def reopen(path: Path, keep: Callable[[dict[str, Any]], bool]) -> IO[str]:
     """Open a .jsonl file for appending after dropping torn lines and those that `keep` refuses (atomically)."""
     if path.exists():
         old = path.read_text(encoding="utf-8", errors="replace")
-        new = "".join(line + "\n" for line in old.split("\n") if (row := _parse(line)) is not None and keep(row))
+        new = "".join(line + "\n" for line in old.split("\n") if (row := parse_row(line)) is not None and keep(row))
         if new != old:
             temporary = path.with_name(path.name + ".tmp")
             with open(temporary, "w", encoding="utf-8") as file:
@@ -38,14 +44,6 @@ def reopen(path: Path, keep: Callable[[dict[str, Any]], bool]) -> IO[str]:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     return open(path, "a", encoding="utf-8")
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
 
 
 class MetricsFile(Callback):
@@ -59,7 +57,7 @@ class MetricsFile(Callback):
 
     def on_step(self, trainer: TrainerView, metrics: StepMetrics) -> None:
         if self.file is not None and logged(trainer.config, metrics):
-            self.file.write(to_json(dataclasses.asdict(metrics)) + "\n")
+            self.file.write(to_json(metrics_row(metrics)) + "\n")
             self.file.flush()
 
     def on_event(self, trainer: TrainerView, event: dict[str, Any]) -> None:
@@ -80,8 +78,7 @@ class EventsFile(Callback):
 
     def on_start(self, trainer: TrainerView) -> None:
         self.file = reopen(trainer.run_dir / "events.jsonl", lambda row: True)
-        kind = "resume" if trainer.start_step else "start"
-        self.on_event(trainer, {"kind": kind, "step": trainer.start_step})
+        self.on_event(trainer, {"kind": "start", "step": trainer.start_step})
 
     def on_event(self, trainer: TrainerView, event: dict[str, Any]) -> None:
         if self.file is not None:

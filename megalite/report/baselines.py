@@ -1,0 +1,40 @@
+"""What simple, well-known models make of the same bytes: the yardsticks beside a run's validation bits per byte."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+from megalite.progress import Progress
+from megalite.report.ngram import KneserNey
+
+
+def gzip_bits_per_byte(text: bytes) -> float:
+    """Bits a byte after `gzip -9`; the header counts, as it does on a disk."""
+    if not text:
+        raise ValueError("no bytes to compress")
+    return len(gzip.compress(text, 9, mtime=0)) * 8 / len(text)
+
+
+def kneser_ney_bits_per_byte(train: bytes, valid: bytes, order: int = 5) -> float:
+    """Bits a byte of an interpolated modified Kneser-Ney byte n-gram, counted on `train` and evaluated on `valid`."""
+    with Progress(f"{order}-gram baseline", total=order + 1, unit="orders") as bar:
+        model = KneserNey(train, order, bar)
+        bits = model.bits_per_byte(valid)
+        bar.advance()
+    return bits
+
+
+def write_baselines(run_dir: Path, train: bytes, valid: bytes, order: int = 5) -> dict[str, float | int]:
+    """Measure both and leave them in baselines.json (atomically)."""
+    measured: dict[str, float | int] = {
+        "gzip": gzip_bits_per_byte(valid),
+        "kneser_ney": kneser_ney_bits_per_byte(train, valid, order),
+        "order": order,
+        "train_bytes": len(train),
+        "validation_bytes": len(valid),
+    }
+    temporary = run_dir / "baselines.json.tmp"
+    temporary.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, run_dir / "baselines.json")
+    return measured

@@ -1,0 +1,38 @@
+"""What a finished run leaves for a reader: sample.txt, baselines.json and report.html."""
+
+import os
+from pathlib import Path
+
+from megalite.report.baselines import write_baselines
+from megalite.report.run_report import write_report
+from megalite.train.callback import Callback, TrainerView
+from megalite.train.sampling import generate
+
+SAMPLE_TOKENS = 300
+
+
+class ReportWriter(Callback):
+    """At the end. An interrupted run gets its report too, without sample and baselines."""
+
+    def on_end(self, trainer: TrainerView) -> None:
+        log = trainer.config.log
+        if trainer.step >= trainer.config.train.steps:
+            if log.sample is not None:
+                write_sample(trainer, log.sample)
+            if log.baselines:
+                data = trainer.data
+                write_baselines(trainer.run_dir, data.raw_bytes("train"), data.raw_bytes("validation"))
+        if log.report:
+            write_report(trainer.run_dir)
+
+
+def write_sample(trainer: TrainerView, prompt: str) -> Path:
+    """Continue `prompt` with the trained weights (seed: train.seed) into sample.txt, prompt included."""
+    tokenizer = trainer.data.tokenizer
+    start = [tokenizer.eod, *tokenizer.encode(prompt)]
+    new = generate(trainer.model, start, SAMPLE_TOKENS, seed=trainer.config.train.seed, stop=tokenizer.eod)
+    target = trainer.run_dir / "sample.txt"
+    temporary = target.with_name("sample.txt.part")
+    temporary.write_text(prompt + tokenizer.decode(new), encoding="utf-8")
+    os.replace(temporary, target)
+    return target
