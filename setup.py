@@ -1,11 +1,14 @@
-"""Packages, dependencies and the `megalite` command. Tool settings live in pyproject.toml, exact pins in constraints.txt."""
+"""Packages, dependencies and the command. Tool settings live in pyproject.toml, exact pins in constraints.txt."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-TEST = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "scipy", "transformers>=5", "tensorboard", "wandb", "setuptools", "wheel"]
+TEST = [
+    *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "scipy", "setuptools", "wheel"),
+    *("transformers>=5", "tensorboard", "wandb"),
+]
 
 setup(
     name="megalite",

@@ -1,13 +1,10 @@
 """`megalite train`: pretrain from a configuration; alone or, started by torchrun, as one rank of many."""
 
-import subprocess
-import sys
-from itertools import product
-
-from megalite.cli.job import Job, parse_job
+from megalite.cli.job import parse_job
+from megalite.cli.multirun import multirun
 from megalite.config.load import config_yaml
 from megalite.errors import UserError
-from megalite.world import World, join, leave, world_from_environment
+from megalite.world import join, leave, world_from_environment
 
 USAGE = """Usage: megalite train [group=choice ...] [key=value ...]
 
@@ -24,9 +21,9 @@ Every key: docs/config.md. What is set and why: megalite config [the same words]
 
 def run(arguments: list[str]) -> int:
     job = parse_job(arguments, USAGE)
-    world = world_from_environment()
     if job.multirun:
-        return sweep(job, world)
+        return multirun(job)
+    world = world_from_environment()
     try:
         config = job.config(world.size)
     except UserError:
@@ -49,24 +46,3 @@ def run(arguments: list[str]) -> int:
     finally:
         leave()
     return 0
-
-
-def sweep(job: Job, world: World) -> int:
-    """One process after the other, never inside torchrun: there every rank would sweep by itself."""
-    if world.size > 1:
-        raise UserError("--multirun: not under torchrun, every rank would sweep; start one torchrun a job")
-    choices = []
-    for word in job.overrides:
-        key, equals, values = word.partition("=")
-        plain = not equals or values[:1] in ("[", "{", "'", '"')
-        choices.append([word] if plain else [f"{key}={value}" for value in values.split(",")])
-    flags = ["--config-name", job.config_name] + (["--config-dir", job.config_dir] if job.config_dir else [])
-    combinations = list(product(*choices))
-    names = [word for word in job.overrides if word.startswith("run.name=")]
-    worst = 0
-    for number, words in enumerate(combinations):
-        name = names[0].partition("=")[2] if names else "sweep"
-        own = [word for word in words if not word.startswith("run.name=")] + [f"run.name={name}-{number}"]
-        print(f"[{number + 1}/{len(combinations)}] {' '.join(own)}", flush=True)
-        worst = max(worst, subprocess.run([sys.executable, "-m", "megalite", "train", *flags, *own]).returncode)
-    return worst

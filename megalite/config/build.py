@@ -22,7 +22,7 @@ def build(schema: type[T], values: Mapping[str, Any]) -> T:
     return typing.cast(T, tree)
 
 
-def unknown_key(schema: type, path: str) -> str:
+def unknown_key(schema: Any, path: str) -> str:
     """The error line for a key that `schema` does not have."""
     return f"{path}: unknown key; nearest: {', '.join(nearest(path, leaves(schema)))}"
 
@@ -64,11 +64,15 @@ def convert(leaf: Leaf, value: Any) -> Any:
 def _convert(kind: type, item: type | None, value: Any) -> Any:
     """None when the value does not fit."""
     if kind is dict:
-        made = {str(k): _convert(item or str, None, v) for k, v in value.items()} if isinstance(value, Mapping) else None
-        return made if made is not None and None not in made.values() else None
+        if not isinstance(value, Mapping):
+            return None
+        made = {str(name): _convert(item or str, None, entry) for name, entry in value.items()}
+        return None if None in made.values() else made
     if kind is list:
-        listed = [_convert(item or str, None, v) for v in value] if isinstance(value, (list, tuple)) else None
-        return listed if listed is not None and None not in listed else None
+        if not isinstance(value, (list, tuple)):
+            return None
+        listed = [_convert(item or str, None, entry) for entry in value]
+        return None if None in listed else listed
     if kind is bool:
         words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
         return value if isinstance(value, bool) else words.get(value.lower()) if isinstance(value, str) else None

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -30,9 +31,14 @@ def load_config(
     return config
 
 
+def as_values(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values; `build(Config, values)` gives it back."""
+    return dataclasses.asdict(config)
+
+
 def config_yaml(config: Config) -> str:
     """The whole configuration as YAML; `load_config(config_dir=..., config_name=...)` on its file gives it back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=1000)
+    return yaml.safe_dump(as_values(config), sort_keys=False, allow_unicode=True, width=1000)
 
 
 def config_from_yaml(text: str) -> Config:

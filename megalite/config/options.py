@@ -48,7 +48,8 @@ def parse_options(cls: type[T], arguments: Sequence[str], usage: str, positional
                 values[name] = _value(table[name], text)
             except ValueError as error:
                 problems.append(str(error))
-    problems += [f"{leaf.path}: is needed ({leaf.help})" for leaf in table.values() if leaf.required and leaf.path not in values]
+    missing = [leaf for leaf in table.values() if leaf.required and leaf.path not in values]
+    problems += [f"{leaf.path}: is needed ({leaf.help})" for leaf in missing]
     if problems:
         raise UserError(*problems)
     return cls(**values)

@@ -29,21 +29,27 @@ class Leaf:
 
     @property
     def type_name(self) -> str:
-        names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
-        item = names.get(self.item, "") if self.item else ""
-        name = {dict: f"{{name: {item}}}", list: f"[{item}, ...]"}.get(self.kind) or names.get(self.kind, self.kind.__name__)
+        names: dict[type | None, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        name = names.get(self.kind, self.kind.__name__)
+        if self.kind in (dict, list):
+            item = names.get(self.item, "text")
+            name = f"a mapping {{name: {item}}}" if self.kind is dict else f"a list of entries, each {item}"
         return f"{name} or null" if self.optional else name
 
 
+def leaves(schema: Any, prefix: str = "") -> dict[str, Leaf]:
+    """Every key below the dataclass `schema`, in definition order."""
+    return _leaves(schema, prefix)
+
+
 @cache
-def leaves(schema: type, prefix: str = "") -> dict[str, Leaf]:
-    """Every key below `schema`, in definition order."""
+def _leaves(schema: Any, prefix: str) -> dict[str, Leaf]:
     found: dict[str, Leaf] = {}
     hints = typing.get_type_hints(schema)
     for entry in dataclasses.fields(schema):
         path = f"{prefix}{entry.name}"
         if dataclasses.is_dataclass(hints[entry.name]):
-            found |= leaves(hints[entry.name], f"{path}.")
+            found |= _leaves(hints[entry.name], f"{path}.")
         else:
             found[path] = _leaf(path, hints[entry.name], entry)
     return found
@@ -60,7 +66,7 @@ def _leaf(path: str, hint: Any, entry: "dataclasses.Field[Any]") -> Leaf:
     return Leaf(path, kind, optional, default, meta.get("help", ""), meta.get("choices", ()), meta.get("minimum"), item)
 
 
-def branches(schema: type) -> set[str]:
+def branches(schema: Any) -> set[str]:
     """Every dotted path that is not a key but holds keys: 'train', 'model', 'model.rope', ..."""
     parts = (path.split(".") for path in leaves(schema))
     return {".".join(words[:n]) for words in parts for n in range(1, len(words))}

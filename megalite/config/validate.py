@@ -1,7 +1,49 @@
-"""Every rule of the configuration, checked together: each violation is a line with key, value, reason and legal values."""
+"""Every rule of the configuration, checked together: a violation is a line with key, value, reason and legal values.
+
+A key's own limits stand in the schema; a rule across keys is a small function here that yields its violations.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from megalite.config.schema import Config
+from megalite.config.tree import leaves, nearest, value_at
 from megalite.errors import UserError
+
+Rule = Callable[["Job"], Iterator[str]]
+RULES: list[tuple[tuple[str, ...], Rule]] = []
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration and the ranks it is to run on; None: no job is running yet."""
+
+    config: Config
+    world_size: int | None
+
+    @property
+    def inner(self) -> int:
+        """Ranks of one data-parallel replica."""
+        parallel = self.config.parallel
+        return parallel.pp * parallel.cp * parallel.tp
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks; what the other axes leave when parallel.dp is -1, at least 1."""
+        if self.config.parallel.dp != -1:
+            return self.config.parallel.dp
+        return max(1, (self.world_size or self.inner) // self.inner)
+
+    @property
+    def accumulation(self) -> int:
+        """Microbatches a rank computes in a step."""
+        return self.config.train.global_batch // (self.config.train.micro_batch * self.dp)
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.model.head_dim or self.config.model.hidden // self.config.model.heads
 
 
 def validate(config: Config, world_size: int | None = None) -> None:
@@ -12,4 +54,240 @@ def validate(config: Config, world_size: int | None = None) -> None:
 
 
 def violations(config: Config, world_size: int | None = None) -> list[str]:
-    return []
+    """A line for each violated rule. A rule is skipped when one of its keys is already outside its own limits."""
+    bad = {path: line for path in leaves(Config) if (line := _outside(config, path))}
+    job = Job(config, world_size)
+    return [*bad.values(), *(line for keys, rule in RULES if not bad.keys() & set(keys) for line in rule(job))]
+
+
+def _outside(config: Config, path: str) -> str | None:
+    """The violation of a key's own limits, if any."""
+    leaf, value = leaves(Config)[path], value_at(config, path)
+    if value is None:
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{path}={value}: not a finite number"
+    if leaf.choices and value not in leaf.choices:
+        near = f"; nearest: {nearest(value, leaf.choices, 1)[0]}" if isinstance(value, str) else ""
+        return f"{path}={value}: not a choice{near}; legal: {', '.join(map(str, leaf.choices))}"
+    if leaf.minimum is not None and value < leaf.minimum:
+        return f"{path}={value}: too small; at least {leaf.minimum:g}"
+    return None
+
+
+def rule(*keys: str) -> Callable[[Rule], Rule]:
+    """Registers a rule that reads `keys`."""
+    unknown = set(keys) - leaves(Config).keys()
+    assert not unknown, f"rule reads unknown keys {unknown}"
+
+    def register(function: Rule) -> Rule:
+        RULES.append((keys, function))
+        return function
+
+    return register
+
+
+def around(value: int, step: int) -> str:
+    """The positive multiples of `step` on both sides of `value`."""
+    below = value // step * step
+    return " or ".join(str(n) for n in (below, below + step) if n > 0)
+
+
+def divisors_near(value: int, total: int) -> str:
+    """The divisors of `total` nearest to `value`, at most three."""
+    found = {d for n in range(1, math.isqrt(total) + 1) if total % n == 0 for d in (n, total // n)}
+    return ", ".join(str(n) for n in sorted(sorted(found, key=lambda n: (abs(n - value), n))[:3]))
+
+
+@rule("parallel.dp", "parallel.tp", "parallel.cp", "parallel.pp")
+def layout_fills_the_world(job: Job) -> Iterator[str]:
+    parallel, world = job.config.parallel, job.world_size
+    if parallel.dp == 0 or parallel.dp < -1:
+        yield f"parallel.dp={parallel.dp}: counts ranks; at least 1, or -1 for what the other axes leave"
+    elif world is not None and (job.dp * job.inner != world):
+        legal = f"parallel.dp={world // job.inner}" if world % job.inner == 0 else f"{around(world, job.inner)} ranks"
+        yield (
+            f"parallel.dp={parallel.dp}: dp {job.dp} x pp {parallel.pp} x cp {parallel.cp} x tp {parallel.tp} is "
+            f"{job.dp * job.inner} ranks, but this job has {world}; set {legal} or -1, or start"
+            f" torchrun --nproc-per-node {job.dp * job.inner}"
+        )
+
+
+@rule("parallel.tp", "parallel.sp", "parallel.cp", "parallel.pp", "parallel.ep", "parallel.etp", "parallel.zero")
+def axes_built_so_far(job: Job) -> Iterator[str]:
+    for axis, only in (("tp", 1), ("sp", False), ("cp", 1), ("pp", 1), ("ep", 1), ("etp", 1), ("zero", 0)):
+        value = getattr(job.config.parallel, axis)
+        if value != only:
+            yield f"parallel.{axis}={value}: not built yet; legal: {str(only).lower()}; use more data parallelism"
+
+
+@rule("train.global_batch", "train.micro_batch", "parallel.dp", "parallel.tp", "parallel.cp", "parallel.pp")
+def global_batch_divides(job: Job) -> Iterator[str]:
+    train = job.config.train
+    if job.dp < 1:
+        return
+    step = train.micro_batch * job.dp
+    if train.global_batch % step:
+        line = (
+            f"train.global_batch={train.global_batch}: must be a multiple of train.micro_batch {train.micro_batch} x dp"
+            f" {job.dp} = {step}; nearest: {around(train.global_batch, step)}"
+        )
+        if train.global_batch % job.dp == 0:
+            line += f"; or train.micro_batch={divisors_near(train.micro_batch, train.global_batch // job.dp)}"
+        yield line
+
+
+@rule("model.hidden", "model.heads", "model.head_dim")
+def heads_divide_hidden(job: Job) -> Iterator[str]:
+    model = job.config.model
+    if model.head_dim is None and model.hidden % model.heads:
+        yield (
+            f"model.heads={model.heads}: does not divide model.hidden {model.hidden}; nearest:"
+            f" {divisors_near(model.heads, model.hidden)}; or set model.head_dim"
+        )
+
+
+@rule("model.heads", "model.kv_heads")
+def kv_heads_divide_heads(job: Job) -> Iterator[str]:
+    model = job.config.model
+    if model.kv_heads is not None and model.heads % model.kv_heads:
+        legal = divisors_near(model.kv_heads, model.heads)
+        yield f"model.kv_heads={model.kv_heads}: does not divide model.heads {model.heads}; nearest: {legal}"
+
+
+@rule("model.position", "model.rope.fraction", "model.hidden", "model.heads", "model.head_dim")
+def rotated_dimensions_are_even(job: Job) -> Iterator[str]:
+    model = job.config.model
+    if model.position != "rope" or (model.head_dim is None and model.hidden % model.heads):
+        return
+    if model.rope.fraction > 1:
+        yield f"model.rope.fraction={model.rope.fraction}: a share of the head; at most 1"
+        return
+    rotated = int(job.head_dim * model.rope.fraction)
+    if rotated % 2 or rotated == 0:
+        pairs = [n for n in (rotated // 2 * 2, rotated // 2 * 2 + 2) if 0 < n <= job.head_dim]
+        legal = " or ".join(str(n / job.head_dim) for n in pairs)
+        yield (
+            f"model.rope.fraction={model.rope.fraction}: rotates {rotated} of {job.head_dim} head dimensions, which"
+            f" must pair up; nearest: {legal or 'none, make the head larger (model.head_dim)'}"
+        )
+
+
+@rule(
+    "model.position", "model.rope.scaling", "model.rope.factor", "model.rope.low_freq_factor",
+    "model.rope.high_freq_factor", "model.rope.beta_fast", "model.rope.beta_slow",
+)  # fmt: skip
+def rope_scaling_is_whole(job: Job) -> Iterator[str]:
+    rope, position = job.config.model.rope, job.config.model.position
+    if rope.scaling != "none" and position != "rope":
+        yield f"model.rope.scaling={rope.scaling}: needs model.position=rope (it is {position}); or set none"
+    if rope.scaling == "none" and rope.factor != 1:
+        yield f"model.rope.factor={rope.factor}: has no effect without model.rope.scaling (linear, ntk, yarn, llama3)"
+    if rope.scaling == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+        yield (
+            f"model.rope.high_freq_factor={rope.high_freq_factor}: must be above"
+            f" model.rope.low_freq_factor {rope.low_freq_factor}; Llama 3 uses 4 and 1"
+        )
+    if rope.scaling == "yarn" and rope.beta_fast <= rope.beta_slow:
+        yield (
+            f"model.rope.beta_fast={rope.beta_fast}: must be above model.rope.beta_slow {rope.beta_slow};"
+            " the YaRN paper uses 32 and 1"
+        )
+
+
+@rule("model.position", "model.max_positions", "data.sequence_length")
+def learned_positions_suffice(job: Job) -> Iterator[str]:
+    model, length = job.config.model, job.config.data.sequence_length
+    if model.position == "learned" and model.max_positions is not None and length > model.max_positions:
+        yield (
+            f"data.sequence_length={length}: the model has {model.max_positions} learned positions"
+            f" (model.max_positions); at most {model.max_positions}"
+        )
+
+
+@rule("model.window", "model.window_pattern", "model.norm", "model.norm_zero_centered")
+def model_options_fit(job: Job) -> Iterator[str]:
+    model = job.config.model
+    if model.window_pattern > 1 and model.window is None:
+        yield f"model.window_pattern={model.window_pattern}: has no effect without model.window; set it, or 1 here"
+    if model.norm_zero_centered and model.norm != "rmsnorm":
+        yield f"model.norm_zero_centered=true: needs model.norm=rmsnorm (it is {model.norm}); or set false"
+    for name in ("attention_softcap", "logit_softcap"):
+        if getattr(model, name) == 0:
+            yield f"model.{name}=0.0: divides by zero; null turns it off, Gemma 2 uses 50 and 30"
+
+
+@rule("train.steps", "optim.schedule", "optim.warmup_steps", "optim.decay_steps")
+def schedule_fits_the_run(job: Job) -> Iterator[str]:
+    optim, steps = job.config.optim, job.config.train.steps
+    if optim.warmup_steps > steps:
+        yield f"optim.warmup_steps={optim.warmup_steps}: the run has {steps} steps (train.steps); at most {steps}"
+    elif optim.schedule == "wsd" and optim.warmup_steps + optim.decay_steps > steps:
+        yield (
+            f"optim.decay_steps={optim.decay_steps}: with optim.warmup_steps {optim.warmup_steps} more than train.steps"
+            f" {steps}; at most {steps - optim.warmup_steps}"
+        )
+    if optim.decay_steps and optim.schedule != "wsd":
+        yield f"optim.decay_steps={optim.decay_steps}: only optim.schedule=wsd has it (this is {optim.schedule}); set 0"
+
+
+@rule("optim.min_lr_ratio", "optim.beta1", "optim.beta2", "optim.momentum")
+def optimizer_shares(job: Job) -> Iterator[str]:
+    optim = job.config.optim
+    if optim.min_lr_ratio > 1:
+        yield f"optim.min_lr_ratio={optim.min_lr_ratio}: a share of optim.lr; between 0 and 1"
+    for name in ("beta1", "beta2", "momentum"):
+        if getattr(optim, name) >= 1:
+            yield f"optim.{name}={getattr(optim, name)}: a running average never forgets at 1; at least 0 and below 1"
+
+
+@rule("data.split", "data.blend", "data.validation")
+def data_shares(job: Job) -> Iterator[str]:
+    data = job.config.data
+    shares = split_shares(data.split)
+    if shares is None or not 1 <= len(shares) <= 2 or min(shares) < 0 or shares[0] == 0 or sum(shares) > 1 + 1e-9:
+        yield f"data.split={data.split}: expects training and validation shares, together at most 1, such as 0.95,0.05"
+    for prefix, weight in data.blend.items():
+        if not (math.isfinite(weight) and weight > 0):
+            yield f"data.blend.{prefix}={weight}: a weight is a number above 0; leave the entry out to drop it"
+
+
+@rule("run.name", "run.dir", "train.profile_step", "train.steps")
+def run_is_nameable(job: Job) -> Iterator[str]:
+    run, train = job.config.run, job.config.train
+    if run.dir is None and (not run.name or run.name.startswith("/") or ".." in run.name.split("/")):
+        yield f"run.name={run.name}: names a folder below runs/; letters, digits, - and _ (run.dir sets any folder)"
+    if train.profile_step > train.steps:
+        yield f"train.profile_step={train.profile_step}: the run has {train.steps} steps (train.steps); at most that"
+
+
+def split_shares(text: str) -> list[float] | None:
+    """The numbers of data.split; None when they are none."""
+    try:
+        shares = [float(word) for word in text.split(",")]
+    except ValueError:
+        return None
+    return shares if all(map(math.isfinite, shares)) else None
+
+
+def derived(config: Config, world_size: int | None = None) -> dict[str, Any]:
+    """What null and 0 stand for in this configuration: key -> value in force. Only for a valid configuration."""
+    job, model, optim = Job(config, world_size), config.model, config.optim
+    values: dict[str, Any] = {}
+    if config.run.dir is None:
+        values["run.dir"] = f"runs/{config.run.name}"
+    if model.kv_heads is None:
+        values["model.kv_heads"] = model.heads
+    if model.head_dim is None:
+        values["model.head_dim"] = job.head_dim
+    if model.max_positions is None:
+        values["model.max_positions"] = config.data.sequence_length
+    if model.attention_scale is None:
+        values["model.attention_scale"] = job.head_dim**-0.5
+    if config.parallel.dp == -1 and world_size is not None:
+        values["parallel.dp"] = job.dp
+    if optim.schedule == "wsd" and optim.decay_steps == 0:
+        values["optim.decay_steps"] = config.train.steps // 5
+    if optim.embedding_lr is None:
+        values["optim.embedding_lr"] = optim.lr
+    return values
