@@ -18,9 +18,10 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
     stop: int | None = None,
+    vocab: int | None = None,
 ) -> list[int]:
     """Up to `n` new tokens after `tokens` (not empty); the same seed gives the same ones. See `stream`."""
-    return list(stream(model, tokens, n, temperature, top_k, top_p, seed, stop))
+    return list(stream(model, tokens, n, temperature, top_k, top_p, seed, stop, vocab))
 
 
 def stream(
@@ -32,10 +33,11 @@ def stream(
     top_p: float = 0.95,
     seed: int = 0,
     stop: int | None = None,
+    vocab: int | None = None,
 ) -> Iterator[int]:
     """Yield the new tokens one by one; ends before `stop` (a token id such as end-of-document).
 
-    `temperature` 0 takes the likeliest token always. `top_k` 0 and `top_p` 1 leave all tokens in. Past the model's
+    `vocab`: only ids below it are drawn (a model may have more rows than its tokenizer has tokens). `temperature` 0 takes the likeliest token always. `top_k` 0 and `top_p` 1 leave all tokens in. Past the model's
     `max_positions` the older half of the context is forgotten and the rest computed anew.
     """
     if not tokens:
@@ -54,7 +56,7 @@ def stream(
             if cache.length + len(fresh) > cache.capacity:
                 context = context[-max(capacity // 2, 1) :]
                 cache, fresh = _new_cache(model, capacity), context
-            logits_V = _next_logits(model, fresh, cache)
+            logits_V = _next_logits(model, fresh, cache)[:vocab]
             token = choose(logits_V, temperature, top_k, top_p, generator)
             if token == stop:
                 return

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megalite.checkpoint.dcp import load_tensors, read_metadata
+from megalite.checkpoint.model_folder import load_model
 from megalite.checkpoint.store import complete_steps, verify
 from megalite.comm import Communicator
 from megalite.config.build import build
@@ -49,6 +50,17 @@ def load_checkpoint_model(checkpoint: Path) -> tuple[Transformer, dict[str, Any]
     weights = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     load_tensors(checkpoint, weights, None, also_stored=("optim.",))
     return model, counters
+
+
+def load_trained(path: Path) -> tuple[Transformer, Path | None]:
+    """The model in a run folder, a checkpoint or a model folder, on the CPU, and the tokenizer.json saved with it."""
+    if not (path / "manifest.json").is_file() and not (path / "checkpoints").is_dir():
+        model, stored = load_model(path)
+        return model, stored.tokenizer
+    checkpoint = find_checkpoint(path)
+    model, _ = load_checkpoint_model(checkpoint)
+    tokenizer = checkpoint.parent.parent / "tokenizer.json"
+    return model, tokenizer if tokenizer.is_file() else None
 
 
 def evaluate_run(run_dir: Path, name: str = "", batches: int = 0) -> list[Evaluation]:

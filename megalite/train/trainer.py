@@ -26,7 +26,7 @@ from megalite.train.evaluate import Evaluation, evaluate
 from megalite.train.interrupt import StopRequest
 from megalite.train.observers import make_observers
 from megalite.train.resume import resume, training_state
-from megalite.train.run_folder import check_free_space, open_run_folder, run_path, write_environment
+from megalite.train.run_folder import check_free_space, open_run_folder, run_path, write_environment, write_text
 from megalite.world import join, world_from_environment
 
 
@@ -158,6 +158,7 @@ class Trainer:
             self.facts["predicted_step_s"] = self._dry_run()
         if self.mesh.rank == 0:
             write_environment(self.run_dir, self.facts, self.start_step)
+            write_text(self.run_dir / "tokenizer.json", self.data.tokenizer.to_json())
         for callback in self.callbacks:
             callback.on_start(self)
         if self.start_step:
