@@ -16,7 +16,6 @@ setup(
     description="Pretraining of language models with every form of parallelism, small enough to read.",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     python_requires=">=3.11",
     packages=[
         *find_packages(include=["megalite", "megalite.*"]),
@@ -31,7 +30,7 @@ setup(
     package_data={
         "megalite": ["py.typed"],
         "megalite.configs": ["*.yaml", "*/*.yaml"],
-        "megalite_kernels": ["*.c", "*.h", "*.cpp", "py.typed"],
+        "megalite_kernels": ["**/*.c", "**/*.h", "py.typed"],
     },
     install_requires=[
         "torch>=2.13",
@@ -52,7 +51,7 @@ setup(
         "hf": ["transformers>=5"],
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "import-linter"],
-        "bench": ["transformers>=5", "datasets", "lightning"],
+        "bench": ["transformers>=5", "lightning-fabric", "datasets", "psutil"],
     },
     entry_points={"console_scripts": ["megalite=megalite.cli:main"]},
 )
