@@ -22,7 +22,8 @@ class Batch:
     targets: Tensor
     documents: Tensor | None
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
         documents = None if self.documents is None else self.documents.to(device)
         return Batch(self.tokens.to(device), self.targets.to(device), documents)
 
@@ -49,5 +50,6 @@ def check_ids(tokens: np.ndarray, vocab: int, prefix: str) -> None:
     if tokens.size and (tokens.max() >= vocab or tokens.min() < 0):
         wrong = tokens.max() if tokens.max() >= vocab else tokens.min()
         raise UserError(
-            f"{prefix}.bin: token id {wrong} is outside the tokenizer's vocabulary of {vocab}; set data.tokenizer to the one it was built with"
+            f"{prefix}.bin: token id {wrong} is outside the tokenizer's vocabulary of {vocab};"
+            " set data.tokenizer to the one it was built with"
         )

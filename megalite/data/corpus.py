@@ -55,12 +55,13 @@ def embedded_corpus(validation_share: float = 0.05, max_bytes: int = 0, folder: 
     validation = [text for name, text in documents.items() if name in held_out]
     if max_bytes:
         train = _first_bytes(train, max_bytes)
+    left_out = f"corpus: left out {empty} empty files and {len(undecodable)} that are not UTF-8"
+    if undecodable:
+        left_out += f" ({', '.join(undecodable)})"
     notes = [
-        f"corpus: Python standard library sources, {len(train)} files {_megabytes(train)} to train,"
-        f" {len(validation)} files {_megabytes(validation)} to validate; {LICENCE}",
-        f"corpus: left out {empty} empty files and {len(undecodable)} that are not UTF-8"
-        + (f" ({', '.join(undecodable)})" if undecodable else "")
-        + "; tests and installed packages are no part of it",
+        f"corpus: Python standard library sources, {LICENCE}",
+        f"corpus: {_described(train)} to train, {_described(validation)} to validate",
+        f"{left_out}; tests and installed packages are no part of it",
     ]
     return Corpus(train, validation, notes, digest.hexdigest())
 
@@ -100,5 +101,5 @@ def _first_bytes(documents: list[str], limit: int) -> list[str]:
     return [text for text in kept if text]
 
 
-def _megabytes(documents: list[str]) -> str:
-    return f"{sum(len(text.encode()) for text in documents) / 1e6:.1f} MB"
+def _described(documents: list[str]) -> str:
+    return f"{len(documents)} files of {sum(len(text.encode()) for text in documents) / 1e6:.1f} MB"

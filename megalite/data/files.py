@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from megalite.errors import UserError
 
 TEMPORARY = ".tmp-"
@@ -43,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def cached_folder(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """`folder`, filled once by `build(temporary folder)` and then renamed into place. Other processes wait for the first."""
+    """`folder`, filled once by `build(temporary folder)`, then renamed into place. Other processes wait."""
     if folder.is_dir():
         return folder
     with writing(folder, key), locked(folder.parent):
@@ -60,6 +62,14 @@ def cached_folder(folder: Path, key: str, build: Callable[[Path], None]) -> Path
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
     return folder
+
+
+def load_array(path: Path) -> np.ndarray:
+    """A .npy file of a cache, memory-mapped; never unpickles. Raises UserError when it is damaged."""
+    try:
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.cache: {path} cannot be read ({error}); remove its folder") from error
 
 
 def sync(path: Path) -> None:

@@ -5,21 +5,21 @@ order is a function of seed, sequence lengths, L and E alone. Built vectorised, 
 """
 
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from megalite.data.files import cached_folder
+from megalite.data.files import cached_folder, load_array
+from megalite.data.indexed import BLOCK
 from megalite.errors import UserError
 
 
 class Epochs(NamedTuple):
     """Copies of the documents, and whether the last one is shuffled apart (it gives few samples)."""
 
-    count: int
+    copies: int
     separate: bool
 
 
@@ -41,11 +41,7 @@ class SampleIndex:
 
 def epochs_needed(n_tokens: int, sequence_length: int, n_samples: int) -> Epochs:
     """Smallest number of copies that gives `n_samples` samples, from a corpus of `n_tokens`."""
-    count = max(1, math.ceil((n_samples * sequence_length + 1) / n_tokens)) if n_tokens < 2**53 else 1
-    while count * n_tokens < n_samples * sequence_length + 1:
-        count += 1
-    while count > 1 and (count - 1) * n_tokens >= n_samples * sequence_length + 1:
-        count -= 1
+    count = -(-(n_samples * sequence_length + 1) // n_tokens)
     if count == 1:
         return Epochs(1, False)
     before_last = ((count - 1) * n_tokens - 1) // sequence_length
@@ -57,7 +53,7 @@ def build_sample_index(lengths: np.ndarray, first: int, sequence_length: int, ep
     """The three indices for sequences numbered first, first+1, … whose lengths in tokens are `lengths`."""
     random = np.random.RandomState(seed)  # the legacy generator: its streams are frozen, and Megatron's
     sequences = np.arange(first, first + len(lengths), dtype=np.int32)
-    groups = [epochs.count - 1, 1] if epochs.separate else [epochs.count]
+    groups = [epochs.copies - 1, 1] if epochs.separate else [epochs.copies]
     documents = np.concatenate([_shuffled(np.tile(sequences, copies), random) for copies in groups])
 
     ends = np.cumsum(lengths[documents - first], dtype=np.int64)
@@ -71,12 +67,16 @@ def build_sample_index(lengths: np.ndarray, first: int, sequence_length: int, ep
     kind = np.int32 if largest <= np.iinfo(np.int32).max else np.int64
     samples = np.stack([position, offset], axis=1).astype(kind)
 
-    kind = np.uint32 if n_samples < np.iinfo(np.uint32).max - 1 else np.int64
+    wide = n_samples >= np.iinfo(np.uint32).max - 1
     apart = (
-        ((epochs.count - 1) * int(lengths.sum(dtype=np.int64)) - 1) // sequence_length if epochs.separate else n_samples
+        ((epochs.copies - 1) * int(lengths.sum(dtype=np.int64)) - 1) // sequence_length
+        if epochs.separate
+        else n_samples
     )
     ranges = [(0, apart), (apart, n_samples)] if epochs.separate else [(0, n_samples)]
-    shuffle = np.concatenate([_shuffled(np.arange(*bounds, dtype=kind), random) for bounds in ranges])
+    shuffle = np.concatenate(
+        [_shuffled(np.arange(*bounds, dtype=np.int64 if wide else np.uint32), random) for bounds in ranges]
+    )
     return SampleIndex(documents, samples, shuffle)
 
 
@@ -91,12 +91,13 @@ def cached_sample_index(
     if n_tokens == 0:
         raise UserError("data.path: no tokens to train on; check data.split and the dataset")
     epochs = epochs_needed(n_tokens, sequence_length, n_samples)
-    if epochs.count * len(lengths) > np.iinfo(np.int32).max:
+    if epochs.copies * len(lengths) > np.iinfo(np.int32).max:
         raise UserError(
-            f"data.path: {n_tokens} tokens would be repeated {epochs.count} times; give more text or fewer train.steps"
+            f"data.path: {n_tokens} tokens would be repeated {epochs.copies} times; give more text or fewer train.steps"
         )
     digest = hashlib.sha256(f"{first} {sequence_length} {epochs} {seed} ".encode())
-    digest.update(np.ascontiguousarray(lengths, dtype="<i4"))
+    for at in range(0, len(lengths), BLOCK):
+        digest.update(lengths[at : at + BLOCK].astype("<i4").tobytes())
     names = ("documents", "samples", "shuffle")
 
     def build(folder: Path) -> None:
@@ -105,14 +106,7 @@ def cached_sample_index(
             np.save(folder / f"{name}.npy", getattr(index, name), allow_pickle=False)
 
     folder = cached_folder(cache / f"order-{digest.hexdigest()[:32]}", "data.cache", build)
-    return SampleIndex(*(_load(folder / f"{name}.npy") for name in names))
-
-
-def _load(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"data.cache: {path} cannot be read ({error}); remove its folder") from error
+    return SampleIndex(*(load_array(folder / f"{name}.npy") for name in names))
 
 
 def _shuffled(values: np.ndarray, random: np.random.RandomState) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which bytes of text a token of a tokenizer.json stands for: byte-level alphabets, SentencePiece pieces, byte fall-back."""
+"""Which bytes of text a token of a tokenizer.json stands for: byte-level alphabets, SentencePiece, byte fall-back."""
 
 import re
 from functools import cache
@@ -10,7 +10,8 @@ _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 PROBE = (
     "".join(map(chr, range(256))),
     " a  b   c\t\td \n\n\r\n e ",
-    "Word wORD don't 1234567 e\u0301 \u00e9 \ufb01 \uff21 \u2581 \u00a0\u200b\u200d\u3000 \ufeff \U0001f468\u200d\U0001f469 漢字 العربية",
+    "Word wORD don't 1234567 e\u0301 \u00e9 \ufb01 \uff21 \u2581 \u00a0\u200b\u200d\u3000 \ufeff",
+    "\U0001f468\u200d\U0001f469 \u6f22\u5b57 \u0639\u0631\u0628",
     "<|endoftext|></s>[UNK]",
 )
 

@@ -70,6 +70,12 @@ class Tokenizer(ABC):
         """Hash of everything that decides how text becomes ids."""
         return hashlib.sha256(f"{self.to_json()}\0{self.eod}".encode()).hexdigest()[:32]
 
+    @cached_property
+    def vocabulary(self) -> str:
+        """Hash of what each id stands for: two tokenizers that agree on it read each other's ids."""
+        content = b"".join(len(text).to_bytes(4, "little") + text for text in self.texts)
+        return hashlib.sha256(content + self.eod.to_bytes(4, "little")).hexdigest()[:32]
+
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json that `load_tokenizer` and Hugging Face read."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
@@ -150,7 +156,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> JsonTokenizer:
-    """A byte-level BPE of at most `vocab` ids (end-of-document is id 0), the same for the same texts in the same order."""
+    """A byte-level BPE of at most `vocab` ids, end-of-document being id 0; the same texts give the same tokenizer."""
     from tokenizers import trainers
 
     tokenizer = _byte_level({})

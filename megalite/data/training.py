@@ -1,6 +1,6 @@
 """Training sets: samples of L+1 tokens read from memory-mapped corpora in Megatron's order, alone or in a blend."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,10 @@ from megalite.data.samples import cached_sample_index
 
 
 class GptSamples:
-    """Samples of one corpus's sequences [begin, end); they run over document ends.
+    """Samples of a corpus's sequences [begin, end); they run over document ends. Defined for sample < n_samples.
 
-    Raises UserError when the part is empty or holds ids outside `vocab`.
+    `vocab`: ids in the corpus must be below it. `documents`: batches say which document each token belongs to.
+    Raises UserError when the part is empty or the cache cannot be written.
     """
 
     def __init__(
@@ -27,22 +28,25 @@ class GptSamples:
         n_samples: int,
         seed: int,
         vocab: int,
-        packing: str,
+        documents: bool,
         cache: Path,
     ) -> None:
-        self.dataset, self.n_samples = dataset, n_samples
-        self._length, self._vocab, self._packing = sequence_length, vocab, packing
+        self.dataset, self.n_samples, self.sequence_length, self.documents = (
+            dataset,
+            n_samples,
+            sequence_length,
+            documents,
+        )
+        self._vocab = vocab
         self._index = cached_sample_index(dataset.lengths[begin:end], begin, sequence_length, n_samples, seed, cache)
 
     def batch(self, samples: Sequence[int]) -> Batch:
-        block = np.empty((len(samples), self._length + 1), np.int64)
-        documents = np.empty(block.shape, np.int32) if self._packing == "documents" else None
-        for row, sample in enumerate(samples):
-            self.read(sample, block[row], None if documents is None else documents[row])
-        return make_batch(block[:, :-1], block[:, 1:], None if documents is None else documents[:, :-1])
+        return _read_batch(self.read, samples, self)
 
     def read(self, sample: int, tokens: np.ndarray, documents: np.ndarray | None) -> None:
-        """Fill one row of L+1 tokens, and of document numbers when asked for."""
+        """Fill a row of L+1 tokens, and a row of L+1 document numbers when given one."""
+        if not 0 <= sample < self.n_samples:
+            raise ValueError(f"sample {sample} of {self.n_samples} asked from {self.dataset.prefix}")
         index, dataset, at = self._index, self.dataset, 0
         row = int(index.shuffle[sample])
         (first, offset), (last, end) = index.samples[row : row + 2].tolist()
@@ -60,16 +64,25 @@ class GptSamples:
 
 
 class BlendedSamples:
-    """Several sets mixed by weight: sample n is the next unread sample of the set that lags furthest behind its share."""
+    """Several sets mixed by weight: sample n is the next unread sample of the set furthest behind its share."""
 
     def __init__(self, sets: Sequence[GptSamples], blend: Blend) -> None:
         self._sets, self._blend, self.n_samples = sets, blend, len(blend)
-        self._length, self._packing = sets[0]._length, sets[0]._packing
 
     def batch(self, samples: Sequence[int]) -> Batch:
-        block = np.empty((len(samples), self._length + 1), np.int64)
-        documents = np.empty(block.shape, np.int32) if self._packing == "documents" else None
-        for row, sample in enumerate(samples):
-            chosen = self._sets[int(self._blend.source[sample])]
-            chosen.read(int(self._blend.sample[sample]), block[row], None if documents is None else documents[row])
-        return make_batch(block[:, :-1], block[:, 1:], None if documents is None else documents[:, :-1])
+        return _read_batch(self._read, samples, self._sets[0])
+
+    def _read(self, sample: int, tokens: np.ndarray, documents: np.ndarray | None) -> None:
+        if not 0 <= sample < self.n_samples:
+            raise ValueError(f"sample {sample} of {self.n_samples} asked from a blend")
+        self._sets[self._blend.source[sample]].read(int(self._blend.sample[sample]), tokens, documents)
+
+
+def _read_batch(
+    read: Callable[[int, np.ndarray, np.ndarray | None], None], samples: Sequence[int], shape: GptSamples
+) -> Batch:
+    tokens = np.empty((len(samples), shape.sequence_length + 1), np.int64)
+    documents = np.empty(tokens.shape, np.int32) if shape.documents else None
+    for row, sample in enumerate(samples):
+        read(sample, tokens[row], None if documents is None else documents[row])
+    return make_batch(tokens[:, :-1], tokens[:, 1:], None if documents is None else documents[:, :-1])

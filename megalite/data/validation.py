@@ -28,11 +28,11 @@ class ValidationSet:
         sequence_length: int,
         eod: int,
         token_bytes: np.ndarray,
-        packing: str,
+        documents: bool,
     ) -> None:
         self.name, self._dataset, self._length, self._eod = name, dataset, sequence_length, eod
-        self._token_bytes, self._packing = token_bytes, packing
-        self._first, self._last = dataset.span(begin, end)
+        self._token_bytes, self._with_documents = token_bytes, documents
+        self._first, self._last = dataset.start(begin), dataset.start(end)
         self._begin, self._end = begin, end
         self.n_tokens = self._last - self._first
         self.n_samples = -(-self.n_tokens // sequence_length)
@@ -50,7 +50,7 @@ class ValidationSet:
     def batch(self, samples: Sequence[int]) -> Batch:
         shape = (len(samples), self._length)
         tokens, targets = np.full(shape, self._eod, np.int64), np.full(shape, NOT_COUNTED, np.int64)
-        documents = np.zeros(shape, np.int32) if self._packing == "documents" else None
+        documents = np.zeros(shape, np.int32) if self._with_documents else None
         for row, sample in enumerate(samples):
             if not 0 <= sample < self.n_samples:
                 raise ValueError(f"validation set {self.name} has no sample {sample}, only {self.n_samples}")
@@ -66,10 +66,9 @@ class ValidationSet:
         return make_batch(tokens, targets, documents)
 
     def _document_numbers(self, start: int) -> np.ndarray:
-        """Numbers inside the row whose inputs are the tokens start-1, start, …; the one put before the first is its own."""
-        numbers = np.searchsorted(self._ends, np.arange(start - 1, start - 1 + self._length), side="right").astype(
-            np.int32
-        )
+        """Numbers inside a row with inputs start-1, start, …; the token put before the very first is on its own."""
+        inputs = np.arange(start - 1, start - 1 + self._length)
+        numbers = np.searchsorted(self._ends, inputs, side="right").astype(np.int32)
         if start == self._first:
             numbers[1:] += 1
         return numbers - numbers[0]

@@ -77,7 +77,7 @@ def test_indices_equal_plain_loops(lengths, first, length, n_samples, seed):
 
 @given(st.integers(1, 10**13), st.integers(1, 10**6), st.integers(1, 10**9))
 def test_epochs_are_the_fewest(n_tokens, length, n_samples):
-    count = epochs_needed(n_tokens, length, n_samples).count
+    count = epochs_needed(n_tokens, length, n_samples).copies
     assert count * n_tokens >= n_samples * length + 1
     assert count == 1 or (count - 1) * n_tokens < n_samples * length + 1
 
