@@ -1,11 +1,13 @@
 """Every supported family against transformers in float64: logits, all gradients, folders both ways, greedy tokens."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -13,10 +15,17 @@ transformers = pytest.importorskip("transformers", reason="in the test extra: pi
 
 from megalite.checkpoint.huggingface.folder import export_huggingface, open_huggingface  # noqa: E402
 from megalite.checkpoint.huggingface.names import rules_for  # noqa: E402
+from megalite.checkpoint.huggingface.write import write_config  # noqa: E402
 from megalite.checkpoint.model_folder import load_model, save_model  # noqa: E402
+from megalite.checkpoint.stored_model import StoredModel, empty_model  # noqa: E402
+from megalite.config.build import build as build_config  # noqa: E402
+from megalite.config.schema import ModelConfig, RopeConfig  # noqa: E402
 from megalite.model.cache import KVCache  # noqa: E402
+from megalite.model.size import parameter_counts  # noqa: E402
 from megalite.model.transformer import Transformer  # noqa: E402
+from megalite.parallel.parameter import materialize  # noqa: E402
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 VOCAB, LENGTH = 96, 24
 SMALL = {
     "vocab_size": VOCAB,
@@ -172,3 +181,34 @@ def test_folders_and_greedy_tokens(folder: tuple[Any, Path], tmp_path: Path) -> 
         wanted = loaded.generate(prompt, max_new_tokens=10, do_sample=False, attention_mask=torch.ones_like(prompt))
     assert greedy(model, prompt, 10, cached=True).tolist() == wanted.tolist()
     assert greedy(model, prompt, 10, cached=False).tolist() == wanted.tolist()
+
+
+def test_ntk_is_a_larger_base(tmp_path: Path) -> None:
+    """transformers has no static NTK scaling: it gets the stretched base, and computes the same."""
+    config = ModelConfig(layers=2, hidden=64, heads=4, ffn=80, rope=RopeConfig(scaling="ntk", factor=4.0))
+    ours = empty_model(config, VOCAB, 64)
+    materialize(ours, torch.device("cpu"), 0, torch.float64)
+    weights = dict(ours.named_parameters())
+    export_huggingface(
+        StoredModel(config, VOCAB, 64, torch.float64, weights.__getitem__, tmp_path), tmp_path / "theirs"
+    )
+    with Double(), torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "theirs", dtype=torch.float64, attn_implementation="eager"
+        )
+        assert relative(ours.logits(ours(tokens())), theirs(input_ids=tokens()).logits) <= 1e-10
+
+
+PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_as_many_parameters_in_transformers(preset: str, tmp_path: Path) -> None:
+    """Every preset's config.json, read by transformers, makes a model of our count."""
+    config = build_config(ModelConfig, yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text()))
+    vocab, positions = config.vocab or 1000, config.max_positions or 512
+    document = write_config(config, vocab, positions)
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == parameter_counts(config, vocab).total
