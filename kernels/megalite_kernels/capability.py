@@ -1,0 +1,31 @@
+"""What this machine's processor can do, as far as the choice of an implementation depends on it."""
+
+import functools
+import platform
+
+import torch
+
+from megalite_kernels.build import library
+
+
+@functools.cache
+def bf16_matmul_hardware() -> str | None:
+    """The instruction set that multiplies bf16 on this CPU, or None: then a bf16 product is slower than fp32's."""
+    if torch.cpu._is_amx_tile_supported():
+        return "amx"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "avx512_bf16"
+    if platform.machine() in ("aarch64", "arm64") and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "arm bf16"
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def compiled_kernels() -> bool:
+    return library().functions is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def emulate_bf16_on_cpu() -> bool:
+    """True when bf16 products on the CPU are to be made in fp32 and rounded once."""
+    return bf16_matmul_hardware() is None

@@ -1,0 +1,111 @@
+"""Norms, gated activations and rotary positions: one pass over memory each way where the CPU kernels run.
+
+Under torch.compile the reference formulas are traced instead: Inductor fuses them with their neighbours.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite_kernels import native, reference
+
+
+def _fast(*tensors: Tensor | None) -> bool:
+    return not torch.compiler.is_compiling() and native.usable(*tensors)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, zero_centered: bool = False) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · w over the last dim, w = weight or 1 + weight (arXiv:1910.07467)."""
+    if _fast(x, weight_D):
+        y: Tensor = _RMSNorm.apply(x, weight_D, eps, zero_centered)
+        return y
+    return reference.rms_norm(x, weight_D, eps, zero_centered)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, zero_centered: bool) -> Tensor:
+        x, weight_D = x.contiguous(), weight_D.contiguous()
+        y, scale_N = native.rms_norm_forward(x, weight_D, eps, zero_centered)
+        ctx.save_for_backward(x, weight_D, scale_N)
+        ctx.zero_centered = zero_centered
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D, scale_N = ctx.saved_tensors
+        grads = native.rms_norm_backward(x, weight_D, scale_N, grad_y.contiguous(), ctx.zero_centered)
+        return *grads, None, None
+
+
+def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
+    """PyTorch's own kernel, which already accumulates half precision in float32."""
+    return F.layer_norm(x, x.shape[-1:], weight_D, bias_D, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up."""
+    if _fast(gate, up):
+        y: Tensor = _Gated.apply(gate, up, False)
+        return y
+    return reference.swiglu(gate, up)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu_tanh(gate) · up."""
+    if _fast(gate, up):
+        y: Tensor = _Gated.apply(gate, up, True)
+        return y
+    return reference.geglu(gate, up)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, tanh_gelu: bool) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.tanh_gelu = tanh_gelu
+        return native.gated_forward(gate, up, tanh_gelu)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        return *native.gated_backward(gate, up, grad_y.contiguous(), ctx.tanh_gelu), None
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x · Φ(x), exact."""
+    return F.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of gelu."""
+    return F.gelu(x, approximate="tanh")
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)²."""
+    return F.relu(x).square()
+
+
+def apply_rope(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half rotation of the first R dims of each head by cos, sin [S, R] or [B, S, R]; the tables get no gradient."""
+    if _fast(x_BSHD) and not (cos.requires_grad or sin.requires_grad):
+        shape = (*x_BSHD.shape[:2], cos.shape[-1])
+        rows = [table.float().expand(shape).reshape(-1, shape[-1]) for table in (cos, sin)]
+        y: Tensor = _Rope.apply(x_BSHD, *rows)
+        return y
+    return reference.apply_rope(x_BSHD, cos, sin)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSHD: Tensor, cos_NR: Tensor, sin_NR: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_NR, sin_NR)
+        return native.rope(x_BSHD.contiguous(), cos_NR, sin_NR, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        return native.rope(grad_y.contiguous(), *ctx.saved_tensors, back=True), None, None

@@ -1,0 +1,139 @@
+"""The head's product and cross-entropy in one op: the logits exist for a chunk of rows at a time, and only once.
+
+Going forward, each chunk's logits are turned in place into their gradient and multiplied out at once into the
+gradients of hidden and weight, so nothing of the size rows × vocabulary survives the chunk (as in Liger-Kernel,
+arXiv:2410.10989). Backward only scales them by the gradient that arrives.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite_kernels import native
+from megalite_kernels.capability import compiled_kernels, emulate_bf16_on_cpu
+from megalite_kernels.reference import IGNORE_INDEX, accumulation_dtype
+
+CHUNK_LOGITS = 1 << 22
+"""Logits of a chunk (16 MiB in float32): large enough for the product to run at full speed, small enough for caches."""
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> tuple[Tensor, Tensor]:
+    """(nll_sum, z_sum) over rows whose target counts; never divided. See `reference.linear_cross_entropy`.
+
+    `z_loss` is the weight w of the loss (nll_sum + w · z_sum) · anything that the caller will differentiate; it does
+    not change the two values. Gradients of any other combination are right too, at the price of a second forward.
+    """
+    nll_sum, z_sum, _, _ = torch.ops.megalite.linear_cross_entropy(
+        hidden_ND, weight_VD, targets_N, 1.0, float(z_loss), softcap or 0.0, ignore_index,
+        torch.is_grad_enabled() and hidden_ND.requires_grad, torch.is_grad_enabled() and weight_VD.requires_grad,
+    )  # fmt: skip
+    return nll_sum, z_sum
+
+
+@torch.library.custom_op("megalite::linear_cross_entropy", mutates_args=())
+def chunked(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, nll_weight: float, z_weight: float, softcap: float,
+    ignore_index: int, hidden_grad: bool, weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(nll_sum, z_sum, grad hidden, grad weight) of nll_weight · nll_sum + z_weight · z_sum; empty where not asked."""
+    rows, width = hidden_ND.shape
+    vocab = weight_VD.shape[0]
+    wide = accumulation_dtype(hidden_ND.dtype)
+    # Hardware that multiplies half precision keeps it; everything else multiplies in the accumulation dtype.
+    product = wide if hidden_ND.device.type == "cpu" and emulate_bf16_on_cpu() else hidden_ND.dtype
+    weight = weight_VD.to(product)
+    grad_hidden = hidden_ND.new_empty((rows if hidden_grad else 0, width), dtype=wide)
+    grad_weight = hidden_ND.new_zeros((vocab if weight_grad else 0, width), dtype=wide)
+    size = min(rows, max(16, CHUNK_LOGITS // vocab))
+    buffer = hidden_ND.new_empty((size, vocab), dtype=product)
+    nll_sum, z_sum = (hidden_ND.new_zeros((), dtype=wide) for _ in range(2))
+    for start in range(0, rows, max(size, 1)):
+        chosen = slice(start, min(start + size, rows))
+        hidden = hidden_ND[chosen].to(product)
+        logits = torch.mm(hidden, weight.T, out=buffer[: hidden.shape[0]])
+        gradient, nll, lse = _rows(
+            logits.to(wide), targets_N[chosen], nll_weight, z_weight, softcap, ignore_index, hidden_grad or weight_grad
+        )
+        nll_sum += nll.sum()
+        z_sum += lse.square().sum()
+        if gradient is None:
+            continue
+        if hidden_grad:
+            grad_hidden[chosen] = gradient.to(product) @ weight
+        if weight_grad and product == wide:
+            grad_weight.addmm_(gradient.T, hidden)
+        elif weight_grad:
+            grad_weight += gradient.to(product).T @ hidden
+    return nll_sum, z_sum, grad_hidden, grad_weight
+
+
+def _rows(
+    logits: Tensor, targets: Tensor, nll_weight: float, z_weight: float, softcap: float, ignore_index: int, wanted: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(gradient by the bare product or None, nll, lse) of a chunk's rows, 0 where ignored; may overwrite logits."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32 and nll_weight == 1.0 and compiled_kernels():
+        nll, lse = native.cross_entropy(logits, targets.contiguous(), ignore_index, softcap, z_weight, wanted)
+        return logits if wanted else None, nll, lse
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    counted = targets != ignore_index
+    index = torch.where(counted, targets, 0)[:, None]
+    lse = torch.logsumexp(logits, dim=-1)
+    nll = torch.where(counted, lse - logits.gather(-1, index)[:, 0], 0.0)
+    if not wanted:
+        return None, nll, torch.where(counted, lse, 0.0)
+    gradient = torch.exp(logits - lse[:, None]) * (nll_weight + 2.0 * z_weight * lse)[:, None]
+    gradient.scatter_add_(-1, index, torch.full_like(index, -nll_weight, dtype=gradient.dtype))
+    if softcap > 0:
+        gradient *= 1.0 - (logits / softcap).square()
+    return gradient.masked_fill_(~counted[:, None], 0.0), nll, torch.where(counted, lse, 0.0)
+
+
+@chunked.register_fake
+def _(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, nll_weight: float, z_weight: float, softcap: float,
+    ignore_index: int, hidden_grad: bool, weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    wide = accumulation_dtype(hidden_ND.dtype)
+    rows, width = hidden_ND.shape
+    shapes = (), (), (rows if hidden_grad else 0, width), (weight_VD.shape[0] if weight_grad else 0, width)
+    nll_sum, z_sum, grad_hidden, grad_weight = (hidden_ND.new_empty(shape, dtype=wide) for shape in shapes)
+    return nll_sum, z_sum, grad_hidden, grad_weight
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden_ND, weight_VD, targets_N, _, ctx.z_weight, ctx.softcap, ctx.ignore_index, ctx.hidden, ctx.weight = inputs
+    ctx.save_for_backward(hidden_ND, weight_VD, targets_N, *output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_nll: Tensor | None, grad_z: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    hidden_ND, weight_VD, targets_N, grad_hidden, grad_weight = ctx.saved_tensors
+    zero = torch.zeros((), dtype=grad_hidden.dtype, device=hidden_ND.device)
+    grad_nll, grad_z = (zero if grad is None else grad for grad in (grad_nll, grad_z))
+    # Equal up to rounding: the caller's own product with z_loss may round differently from this one.
+    if torch.allclose(grad_z, grad_nll * ctx.z_weight, rtol=4 * torch.finfo(zero.dtype).eps, atol=0.0):
+        factor = grad_nll
+    else:
+        factor = zero + 1.0
+        _, _, grad_hidden, grad_weight = torch.ops.megalite.linear_cross_entropy(
+            hidden_ND, weight_VD, targets_N, float(grad_nll), float(grad_z), ctx.softcap, ctx.ignore_index,
+            ctx.hidden, ctx.weight,
+        )  # fmt: skip
+    grads = (
+        (grad_hidden * factor).to(hidden_ND.dtype) if ctx.hidden else None,
+        (grad_weight * factor).to(weight_VD.dtype) if ctx.weight else None,
+    )
+    return *grads, None, None, None, None, None, None, None
+
+
+chunked.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,147 @@
+"""Calls of the compiled CPU kernels on contiguous float32 or bf16 tensors; no autograd here.
+
+Every function allocates and returns its outputs; reductions over partial sums happen in a fixed order.
+"""
+
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_long, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite_kernels.build import library
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, c_long) for name in ("batch", "queries", "keys", "heads", "key_heads", "dim")] + [
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("bf16", c_int),
+        ("low", c_void_p),
+        ("high", c_void_p),
+    ]
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """True when the compiled kernels exist and take these tensors: on the CPU, all float32 or all bf16, not empty."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return (
+        all(x.device.type == "cpu" and x.dtype in DTYPES and x.dtype == given[0].dtype and x.numel() > 0 for x in given)
+        and library().functions is not None
+    )
+
+
+def _call(name: str, *arguments: Any) -> None:
+    functions = library().functions
+    assert functions is not None
+    getattr(functions, name)(c_int(torch.get_num_threads()), *arguments)
+
+
+def _pointer(tensor: Tensor) -> c_void_p:
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    return c_void_p(tensor.data_ptr())
+
+
+def _half(tensor: Tensor) -> c_int:
+    return c_int(tensor.dtype == torch.bfloat16)
+
+
+def rms_norm_forward(x: Tensor, weight_D: Tensor, eps: float, zero_centered: bool) -> tuple[Tensor, Tensor]:
+    """(y like x, 1/rms of each row)."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    y, scale = torch.empty_like(x), torch.empty(rows)
+    _call(
+        "rms_norm_forward",
+        *(_half(x), c_long(rows), c_long(width), c_float(eps), c_float(zero_centered)),
+        *map(_pointer, (x, weight_D, y, scale)),
+    )
+    return y, scale
+
+
+def rms_norm_backward(
+    x: Tensor, weight_D: Tensor, scale_N: Tensor, grad_y: Tensor, zero_centered: bool
+) -> tuple[Tensor, Tensor]:
+    """(grad x, grad weight)."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    parts = min(16, rows)
+    grad_x, partial = torch.empty_like(x), torch.empty(parts, width)
+    _call(
+        "rms_norm_backward",
+        *(_half(x), c_long(rows), c_long(width), c_long(parts), c_float(zero_centered)),
+        *map(_pointer, (x, weight_D, scale_N, grad_y, grad_x, partial)),
+    )
+    return grad_x, partial.sum(0).to(weight_D.dtype)
+
+
+def gated_forward(gate: Tensor, up: Tensor, tanh_gelu: bool) -> Tensor:
+    y = torch.empty_like(gate)
+    _call("gated_forward", _half(gate), c_int(tanh_gelu), c_long(gate.numel()), *map(_pointer, (gate, up, y)))
+    return y
+
+
+def gated_backward(gate: Tensor, up: Tensor, grad_y: Tensor, tanh_gelu: bool) -> tuple[Tensor, Tensor]:
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    pointers = map(_pointer, (gate, up, grad_y, grad_gate, grad_up))
+    _call("gated_backward", _half(gate), c_int(tanh_gelu), c_long(gate.numel()), *pointers)
+    return grad_gate, grad_up
+
+
+def rope(x_BSHD: Tensor, cos_NR: Tensor, sin_NR: Tensor, back: bool) -> Tensor:
+    """cos and sin: float32, one row a (batch, position) of x."""
+    y = torch.empty_like(x_BSHD)
+    batch, positions, heads, dim = x_BSHD.shape
+    sizes = (c_long(batch * positions), c_long(heads), c_long(dim), c_long(cos_NR.shape[-1]))
+    _call("rope", _half(x_BSHD), c_int(back), *sizes, *map(_pointer, (cos_NR, sin_NR, x_BSHD, y)))
+    return y
+
+
+def cross_entropy(
+    logits_NV: Tensor, targets_N: Tensor, ignore_index: int, softcap: float | None, z_weight: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """(nll, lse) a row, 0 where ignored. With `gradient` the float32 logits are overwritten by d(nll + z_weight·lse²)."""
+    rows, width = logits_NV.shape
+    nll, lse = torch.empty(rows), torch.empty(rows)
+    _call(
+        "cross_entropy",
+        *(c_long(rows), c_long(width), _pointer(logits_NV), _pointer(targets_N), c_int64(ignore_index)),
+        *(c_float(softcap or 0.0), c_float(z_weight), c_int(gradient), _pointer(nll), _pointer(lse)),
+    )
+    return nll, lse
+
+
+def _shape(q: Tensor, k: Tensor, low: Tensor, high: Tensor, scale: float, softcap: float | None) -> _Shape:
+    batch, queries, heads, dim = q.shape
+    return _Shape(
+        *(batch, queries, k.shape[1], heads, k.shape[2], dim, scale, softcap or 0.0, q.dtype == torch.bfloat16),
+        *(low.data_ptr(), high.data_ptr()),
+    )
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, low_BS: Tensor, high_BS: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """(out like q, log-sum-exp [B, H, S]); query (b, s) sees the keys low[b, s] ≤ t < high[b, s]."""
+    out, lse = torch.empty_like(q), torch.empty(q.shape[0], q.shape[2], q.shape[1])
+    shape = _shape(q, k, low_BS, high_BS, scale, softcap)
+    _call("attention_forward", ctypes.byref(shape), *map(_pointer, (q, k, v, out, lse)))
+    return out, lse
+
+
+def attention_backward(
+    saved: tuple[Tensor, ...], grad_out: Tensor, low_BS: Tensor, high_BS: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, from saved = (q, k, v, out, lse)."""
+    q, k, v, out, lse = saved
+    shape = _shape(q, k, low_BS, high_BS, scale, softcap)
+    functions = library().functions
+    assert functions is not None
+    width = functions.attention_width(c_long(q.shape[-1]))
+    parts = torch.empty(2, q.shape[0], q.shape[2], k.shape[1], width)
+    grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _call("attention_backward", ctypes.byref(shape), *map(_pointer, (q, k, v, out, grad_out, lse, parts, *grads)))
+    return grads
