@@ -34,11 +34,16 @@ def run(arguments: list[str]) -> int:
         if world.rank == 0:
             print(config_yaml(config), end="")
         return 0
+    from megalite.report.run_report import summary
     from megalite.train.trainer import Trainer
 
     try:
         join(world)
-        Trainer(config).fit()
+        trainer = Trainer(config)
+        trainer.fit()
+        if world.rank == 0 and config.log.progress != "none":
+            report = [f"report: {trainer.run_dir / 'report.html'}"] if config.log.report else []
+            print(*summary(trainer.run_dir), *report, sep="\n", flush=True)
     except UserError as error:
         if world.rank == 0 or not error.on_every_rank:
             raise

@@ -18,7 +18,7 @@ def header(facts: dict[str, Any]) -> str:
     rows: list[tuple[str, str]] = [
         ("model", _model(facts)),
         ("data", _joined(facts, "{data}", "{tokenizer}", "vocabulary {vocab:,}")),
-        ("layout", _joined(facts, "{layout}", "{world_size} processes", "{threads} threads each", "{device}")),
+        ("layout", _layout(facts)),
         ("precision", str(facts.get("precision", ""))),
         ("batch", _batch(facts)),
         *(("backend", str(line)) for line in facts.get("backends", [])),
@@ -42,6 +42,11 @@ def _joined(facts: dict[str, Any], *patterns: str) -> str:
         if facts.get(name) not in (None, ""):
             parts.append(pattern.format(**{name: facts[name]}))
     return ", ".join(parts)
+
+
+def _layout(facts: dict[str, Any]) -> str:
+    several = facts.get("world_size", 1) > 1
+    return _joined(facts, "{layout}", *(["{world_size} processes"] if several else []), "threads {threads}", "{device}")
 
 
 def _model(facts: dict[str, Any]) -> str:
