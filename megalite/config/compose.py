@@ -1,6 +1,7 @@
 """Composition by Hydra. It sees only words that were found good and gives plain values; types and rules come later."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -45,7 +46,7 @@ def compose(
     if config_dir is not None:
         overrides.append(f"hydra.searchpath=[{quoted('file://' + str(config_dir.resolve()))}]")
     try:
-        with initialize_config_module(PACKAGE, version_base="1.3"):
+        with _apart_from_the_users_hydra(), initialize_config_module(PACKAGE, version_base="1.3"):
             composed = hydra_compose(root, overrides=overrides)
             values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
             layers = _layers(root, overrides, sources, config_dir) if trace else []
@@ -54,6 +55,16 @@ def compose(
     if trace:
         layers.append(("command line", keys_set(words)))
     return Composition({str(name): value for name, value in values.items()}, layers)  # type: ignore[union-attr]
+
+
+@contextmanager
+def _apart_from_the_users_hydra() -> Iterator[None]:
+    """A program that is itself a Hydra application may load a configuration of ours."""
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _user_root(config_dir: Path | None, name: str) -> dict[str, Any]:

@@ -1,0 +1,28 @@
+"""Fixtures that every kind of test may use."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+from megalite.cli import main
+
+
+class Answer(NamedTuple):
+    """What a command gave back."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def megalite(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """The command line in this process: `megalite("train", "train.steps=x")`."""
+
+    def run(*words: str) -> Answer:
+        capsys.readouterr()
+        code = main(words)
+        return Answer(code, *capsys.readouterr())
+
+    return run
