@@ -6,6 +6,9 @@ Everything stored is a tensor; a checkpoint that names a file outside its own fo
 
 import json
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +83,20 @@ class JsonReader(dcp.FileSystemReader):
         return read_metadata(Path(self.path))
 
 
+@contextmanager
+def quiet_alone() -> Iterator[None]:
+    """DCP warns that it works without a process group; with one process that is what we asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
     """Write `tensors` into `folder`, shared out over the ranks of `group` (None: this process alone)."""
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
     writer = JsonWriter(folder, single_file_per_rank=True, sync_files=True)
-    dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+    with quiet_alone():
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
 
 
 def load_tensors(
@@ -107,8 +119,10 @@ def load_tensors(
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{folder}: made by another model or optimizer ({'; '.join(problems[:3])}{more})")
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+    reader = JsonReader(folder)
     try:
-        dcp.load(tensors, storage_reader=JsonReader(folder), planner=planner, process_group=group, no_dist=group is None)
+        with quiet_alone():
+            dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise UserError(f"{folder}: damaged ({cause}); delete the folder to go on from an older checkpoint") from error
