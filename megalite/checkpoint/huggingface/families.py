@@ -56,8 +56,9 @@ FAMILIES = {
     ),
 }
 BY_MODEL_TYPE = {entry.model_type or name: name for name, entry in FAMILIES.items()}
-SILU, GELU_TANH = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new")
-"""Spellings of an activation; the first is the one written."""
+PLAIN_ACTIVATIONS = {"gelu_tanh": ("gelu_new", "gelu_pytorch_tanh"), "gelu": ("gelu",), "relu2": ("relu2",)}
+GATED_ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh", "gelu_new")}
+"""Our activations and Hugging Face's spellings of them; the first is the one written. Only GPT-2's MLP has no gate."""
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of config.json that are the tokenizer's, kept beside the model."""
 WITH_SOFTCAPS = ("gemma2", "gemma3")

@@ -37,8 +37,10 @@ def open_huggingface(folder: Path) -> StoredModel:
     document = read_json(safe_file(folder, "config.json"))
     config = read_config(document, str(folder / "config.json"))
     assert config.vocab is not None and config.max_positions is not None
-    shapes = parameter_shapes(config, config.vocab, config.max_positions)
     stored = TensorFolder(folder)
+    if config.layers > len(stored):
+        raise UserError(f"{folder}: has {len(stored)} tensors for {config.layers} layers; fetch the folder again")
+    shapes = parameter_shapes(config, config.vocab, config.max_positions)
     rules = rules_for(config.family, config.layers, shapes)
     _check(folder, rules, shapes, stored, PREFIXES[config.family])
     places = {name: (rule, position) for rule in rules for position, name in enumerate(rule.ours)}
@@ -63,9 +65,9 @@ def open_huggingface(folder: Path) -> StoredModel:
 
 def export_huggingface(model: StoredModel, output: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write `model` as a folder that transformers loads; tensors keep their dtype. The folder appears whole or not."""
+    document = write_config(model.config, model.vocab, model.max_positions)
     shapes = model.shapes()
     rules = {rule.theirs: rule for rule in rules_for(model.config.family, model.config.layers, shapes)}
-    document = write_config(model.config, model.vocab, model.max_positions)
     document |= dict.fromkeys(SPECIAL_TOKENS) | dict(model.special_tokens)
     document |= {"torch_dtype": str(model.dtype).removeprefix("torch."), "use_cache": True}
     unwritten = set(shapes) - {name for rule in rules.values() for name in rule.ours}

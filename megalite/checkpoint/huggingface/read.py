@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from megalite.checkpoint.huggingface.families import (
     BY_MODEL_TYPE,
     FAMILIES,
-    GELU_TANH,
+    GATED_ACTIVATIONS,
     ONE_KIND_OF_LAYER,
-    SILU,
+    PLAIN_ACTIVATIONS,
     WITH_SOFTCAPS,
 )
 from megalite.config.schema import ModelConfig, RopeConfig
@@ -22,14 +23,14 @@ def read_config(document: dict[str, Any], where: str) -> ModelConfig:
     if name is None:
         known = ", ".join(BY_MODEL_TYPE)
         raise UserError(f"{where}: model_type={document.get('model_type')} is not supported; supported: {known}")
-    family = FAMILIES[name]
-    values = {key: value for key, value in (family.defaults | document).items() if value is not None}
+    values = {key: value for key, value in (FAMILIES[name].defaults | document).items() if value is not None}
     try:
-        return _read_gpt2(values, where) if name == "gpt2" else _read_llama_like(name, values, where)
+        config = _read_gpt2(values, where) if name == "gpt2" else _read_llama_like(name, values, where)
     except KeyError as error:
         raise UserError(f"{where}: has no {error}; fetch the file again") from None
-    except (TypeError, ValueError, AttributeError):
-        raise UserError(f"{where}: a value has the wrong type; fetch the file again") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError):
+        raise UserError(f"{where}: a value has the wrong type or size; fetch the file again") from None
+    return _check_sizes(config, where)
 
 
 def _read_gpt2(values: dict[str, Any], where: str) -> ModelConfig:
@@ -46,7 +47,7 @@ def _read_gpt2(values: dict[str, Any], where: str) -> ModelConfig:
         vocab=int(values.get("vocab_size", 50257)),
         max_positions=int(values.get("n_positions", 1024)),
         norm_eps=float(values.get("layer_norm_epsilon", 1e-5)),
-        activation=_activation(values.get("activation_function", "gelu_new"), where, gated=False),
+        activation=_activation(values.get("activation_function", "gelu_new"), PLAIN_ACTIVATIONS, where),
         tied_embeddings=bool(values["tie_word_embeddings"]),
         attention_scale=None if values.get("scale_attn_weights", True) else 1.0,
         init_std=float(values.get("initializer_range", 0.02)),
@@ -58,9 +59,9 @@ def _read_llama_like(name: str, values: dict[str, Any], where: str) -> ModelConf
     gemma = name.startswith("gemma")
     heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
     bias = bool(values.get("attention_bias", False)) and name in ("llama", "qwen3", "gemma", "gemma2", "gemma3")
-    stated = values.get(FAMILIES[name].activation_key, GELU_TANH[0] if gemma else SILU[0])
+    stated = values.get(FAMILIES[name].activation_key, "gelu_pytorch_tanh" if gemma else "silu")
     if gemma and stated == "gelu":  # early Gemma folders, which mean the tanh form
-        stated = GELU_TANH[0]
+        stated = "gelu_pytorch_tanh"
     window, pattern = _read_window(name, values, where)
     config = ModelConfig(
         family=name,
@@ -85,21 +86,28 @@ def _read_llama_like(name: str, values: dict[str, Any], where: str) -> ModelConf
         window=window,
         window_pattern=pattern,
         init_std=float(values.get("initializer_range", 0.02)),
-        activation=_activation(stated, where, gated=True),
+        activation=_activation(stated, GATED_ACTIVATIONS, where),
     )
     if config.rope.local_theta is not None and window is None:
         config.rope.local_theta = None
     return dataclasses.replace(config, **FAMILIES[name].fixed)
 
 
-def _activation(name: object, where: str, *, gated: bool) -> str:
-    if gated:
-        found = "swiglu" if name in SILU else "geglu" if name in GELU_TANH else None
-    else:
-        found = "gelu_tanh" if name in GELU_TANH else {"gelu": "gelu", "relu2": "relu2"}.get(str(name))
-    if found is None:
-        raise UserError(f"{where}: activation {name} is not supported in this family")
-    return found
+def _activation(stated: object, spellings: Mapping[str, tuple[str, ...]], where: str) -> str:
+    for ours, theirs in spellings.items():
+        if stated in theirs:
+            return ours
+    raise UserError(f"{where}: activation {stated} is not supported in this family")
+
+
+def _check_sizes(config: ModelConfig, where: str) -> ModelConfig:
+    """Refuses sizes that no model has, before anything is built from them."""
+    sizes = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_positions", "window")
+    for name in sizes:
+        size = getattr(config, name)
+        if size is not None and not 1 <= size < 1 << 31:
+            raise UserError(f"{where}: makes model.{name}={size}, which no model has; fetch the file again")
+    return config
 
 
 def _read_window(name: str, values: dict[str, Any], where: str) -> tuple[int | None, int]:

@@ -4,7 +4,13 @@ import dataclasses
 import math
 from typing import Any
 
-from megalite.checkpoint.huggingface.families import FAMILIES, GELU_TANH, SILU, WITH_SOFTCAPS, ntk_theta
+from megalite.checkpoint.huggingface.families import (
+    FAMILIES,
+    GATED_ACTIVATIONS,
+    PLAIN_ACTIVATIONS,
+    WITH_SOFTCAPS,
+    ntk_theta,
+)
 from megalite.checkpoint.huggingface.read import read_config
 from megalite.config.schema import ModelConfig, RopeConfig
 from megalite.errors import UserError
@@ -71,7 +77,7 @@ def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
         "n_embd": config.hidden,
         "n_head": config.heads,
         "n_inner": config.ffn,
-        "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+        "activation_function": PLAIN_ACTIVATIONS.get(config.activation, ("gelu_new",))[0],
         "layer_norm_epsilon": config.norm_eps,
         "scale_attn_weights": config.attention_scale is None,
         "attn_pdrop": 0.0,
@@ -82,7 +88,7 @@ def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
 
 def _write_llama_like(config: ModelConfig) -> dict[str, Any]:
     family = FAMILIES[config.family]
-    activation = {"swiglu": SILU[0], "geglu": GELU_TANH[0]}.get(config.activation, config.activation)
+    activation = GATED_ACTIVATIONS.get(config.activation, ("silu",))[0]
     document: dict[str, Any] = {
         "num_hidden_layers": config.layers,
         "hidden_size": config.hidden,
