@@ -1,7 +1,6 @@
 """Reading what a run left behind, forgivingly: a file may be absent, torn by a crash, or written by another version."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,9 @@ def parse_row(text: str) -> Row | None:
 
 
 def number(row: Row, name: str) -> float | None:
-    """A finite number of the row, else None."""
+    """A number of the row that can be drawn (finite, below 1e100), else None."""
     value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e100:
         return None
     return value
 

@@ -108,7 +108,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten in the range (given as log10), with 2 and 5 between them when there are few."""
     decades = range(math.floor(low), math.ceil(high) + 1)
     factors = (1,) if high - low > 3 else (1, 2, 5) if high - low > 0.7 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8)
-    every = max(1, len(decades) // 8)
+    every = math.ceil(len(decades) / 8)
     marks = [factor * 10.0**power for power in decades[::every] for factor in factors]
     return [mark for mark in marks if low <= math.log10(mark) <= high]
 

@@ -50,6 +50,9 @@ class TrainerView(Protocol):
     start_step: int
     facts: dict[str, Any]
 
+    def event(self, kind: str, **facts: Any) -> None:
+        """Tell every callback about something rare."""
+
 
 class Callback:
     """Base of all observers; every hook does nothing unless overridden.

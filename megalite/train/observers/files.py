@@ -15,7 +15,7 @@ from megalite.train.callback import Callback, StepMetrics, TrainerView, logged
 
 def to_json(record: dict[str, Any]) -> str:
     """One line of strict JSON: floats by repr (every bit kept); NaN and infinities, which JSON lacks, become null."""
-    return json.dumps(_finite(record), allow_nan=False, ensure_ascii=False, default=str)
+    return json.dumps(_finite(record), allow_nan=False, default=str)
 
 
 def metrics_row(metrics: StepMetrics) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class ProgressLine(Callback):
             self._live.update(live_text(metrics, steps, eta, self.console.width), refresh=True)
 
     def on_event(self, trainer: TrainerView, event: dict[str, Any]) -> None:
-        if event.get("kind") in ("skip", "warning", "interrupt", "resume"):
+        if event.get("kind") in ("skip", "warning", "interrupt"):
             details = ", ".join(f"{name}={value}" for name, value in event.items() if name not in ("kind", "message"))
             self._say(f"{event['kind']}: {event.get('message') or details}")
 

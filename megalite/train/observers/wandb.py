@@ -46,6 +46,8 @@ class WandbLog(Callback):
             self.mode = "offline"
             self.notice = f"wandb: the service did not answer ({type(error).__name__}), so this run is kept offline"
             self._run = self._begin(trainer)
+        if self.notice:
+            trainer.event("warning", message=self.notice)
 
     def on_step(self, trainer: TrainerView, metrics: StepMetrics) -> None:
         if self._run is not None and logged(trainer.config, metrics):
