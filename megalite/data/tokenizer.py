@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megalite.data.token_text import PROBE, byte_characters, token_texts
+from megalite.data.words import WordEncoder, applies
 from megalite.errors import UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -28,6 +29,7 @@ _KNOWN_ENDS = (
     "[EOS]",
     "<|im_end|>",
 )
+_LARGEST_VOCABULARY = 1 << 24
 
 
 class Tokenizer(ABC):
@@ -35,6 +37,7 @@ class Tokenizer(ABC):
 
     vocab: int
     eod: int
+    end: str  # how `eod` is spelled
     texts: list[bytes]  # UTF-8 bytes each id stands for; empty for special tokens
 
     @abstractmethod
@@ -76,15 +79,23 @@ class Tokenizer(ABC):
         content = b"".join(len(text).to_bytes(4, "little") + text for text in self.texts)
         return hashlib.sha256(content + self.eod.to_bytes(4, "little")).hexdigest()[:32]
 
+    def files(self) -> dict[str, str]:
+        """Contents of the files that keep it: `load_tokenizer` and Hugging Face's AutoTokenizer read them."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end}
+        return {"tokenizer.json": self.to_json(), "tokenizer_config.json": json.dumps(config, indent=1) + "\n"}
+
     def save(self, path: str | Path) -> None:
-        """Write a tokenizer.json that `load_tokenizer` and Hugging Face read."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write `path`, which ends in tokenizer.json, and the tokenizer_config.json beside it."""
+        path = Path(path)
+        assert path.name.endswith("tokenizer.json")
+        for name, content in self.files().items():
+            path.with_name(path.name.replace("tokenizer.json", name)).write_text(content, encoding="utf-8")
 
 
 class ByteTokenizer(Tokenizer):
     """Every byte is its own id; 256 ends a document."""
 
-    vocab, eod = 257, 256
+    vocab, eod, end = 257, 256, END_OF_DOCUMENT
 
     def __init__(self) -> None:
         self.texts = [bytes([i]) for i in range(256)] + [b""]
@@ -116,19 +127,28 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        self._end = end or next((name for name in _KNOWN_ENDS if name in ids), None)
-        if self._end not in ids:
+        self.end = end or next((name for name in _KNOWN_ENDS if name in ids), "")
+        if self.end not in ids:
             raise UserError(
-                f"{origin}: no end-of-document token ({self._end or 'none of ' + ' '.join(_KNOWN_ENDS)});"
+                f"{origin}: no end-of-document token ({self.end or 'none of ' + ' '.join(_KNOWN_ENDS)});"
                 " name it as eos_token in a tokenizer_config.json beside the file"
             )
-        self.eod, self.vocab = ids[self._end], max(ids.values()) + 1
+        if max(ids.values()) >= _LARGEST_VOCABULARY:
+            raise UserError(f"{origin}: token id {max(ids.values())} is no sensible vocabulary; repair the file")
+        self.eod, self.vocab = ids[self.end], max(ids.values()) + 1
         special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.texts = token_texts(json.loads(content), ids, special | {self.eod})
+        definition = json.loads(content)
+        self.texts = token_texts(definition, ids, special | {self.eod})
+        self._words = WordEncoder(self._encode_whole) if applies(definition) else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._words:
+            return [self._words.encode(text) for text in texts]
+        return [np.array(ids, dtype=np.int32) for ids in self._encode_whole(texts)]
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return [encoding.ids for encoding in encodings]
 
     def to_json(self) -> str:
         return str(self._tokenizer.to_str())
@@ -152,7 +172,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         raise UserError(
             f"data.tokenizer: cannot read {path} ({reason}); give 'bytes' or the path of a tokenizer.json"
         ) from error
-    return JsonTokenizer(content, _configured_end(path.parent / "tokenizer_config.json"), str(path))
+    return JsonTokenizer(content, _configured_end(path), str(path))
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> JsonTokenizer:
@@ -180,8 +200,9 @@ def _byte_level(vocab: dict[str, int]) -> Any:
     return tokenizer
 
 
-def _configured_end(path: Path) -> str | None:
-    if not path.is_file():
+def _configured_end(tokenizer: Path) -> str | None:
+    path = tokenizer.with_name(tokenizer.name.replace("tokenizer.json", "tokenizer_config.json"))
+    if path == tokenizer or not path.is_file():
         return None
     try:
         end = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
