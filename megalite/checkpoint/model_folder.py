@@ -9,6 +9,7 @@ import yaml
 from megalite.checkpoint.huggingface.folder import copy_companions, open_huggingface
 from megalite.checkpoint.stored_model import StoredModel, empty_model
 from megalite.checkpoint.tensor_folder import SHARD_BYTES, TensorFolder, new_folder, safe_file, write_tensors
+from megalite.checkpoint.training import is_training, open_training
 from megalite.config.build import build
 from megalite.config.schema import ModelConfig, key
 from megalite.errors import UserError
@@ -28,13 +29,18 @@ class Description:
 
 
 def open_model(path: str | Path) -> StoredModel:
-    """The model in a folder of ours or of Hugging Face's; tensors are read later. Raises UserError."""
+    """The model in a folder of ours or of Hugging Face's, in a checkpoint or run; tensors are read later."""
     folder = Path(path)
     if (folder / DESCRIPTION).exists():
         return _open_native(folder)
     if (folder / "config.json").exists():
         return open_huggingface(folder)
-    raise UserError(f"{folder}: holds neither {DESCRIPTION} nor config.json; give the folder of a model")
+    if is_training(folder):
+        return open_training(folder)
+    raise UserError(
+        f"{folder}: no model, Hugging Face folder, run or checkpoint (no {DESCRIPTION}, config.json or checkpoints/);"
+        " give the folder of one"
+    )
 
 
 def load_model(

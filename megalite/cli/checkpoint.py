@@ -24,6 +24,30 @@ class ExportOptions:
     shard_gb: float = key(5.0, "Largest file to write, in GB; a bigger model is split.", minimum=1e-6)
 
 
+@dataclass(kw_only=True)
+class CheckpointOptions:
+    checkpoint: str = required("Training checkpoint, or a run folder (its newest).")
+
+
+def inspect(arguments: Sequence[str]) -> int:
+    options = parse_options(CheckpointOptions, arguments, "Usage: megalite checkpoint inspect checkpoint=FOLDER")
+    from megalite.checkpoint.training import describe
+
+    print(describe(Path(options.checkpoint)))
+    return 0
+
+
+def verify(arguments: Sequence[str]) -> int:
+    options = parse_options(CheckpointOptions, arguments, "Usage: megalite checkpoint verify checkpoint=FOLDER")
+    from megalite.checkpoint.store import verify as verify_digests
+    from megalite.checkpoint.training import find_checkpoint
+
+    checkpoint = find_checkpoint(Path(options.checkpoint))
+    verify_digests(checkpoint)
+    print(f"{checkpoint}: every file has the size and SHA-256 of its manifest")
+    return 0
+
+
 def import_model(arguments: Sequence[str]) -> int:
     usage = "Usage: megalite checkpoint import source=FOLDER output=FOLDER"
     options = parse_options(ImportOptions, arguments, usage)
@@ -52,6 +76,8 @@ def _say(family: str, output: str) -> int:
 
 
 ACTIONS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "inspect": (inspect, "what a training checkpoint holds"),
+    "verify": (verify, "check every file against the manifest's digests"),
     "import": (import_model, "a Hugging Face folder into a model folder"),
     "export": (export_model, "a model or checkpoint into a Hugging Face folder"),
 }

@@ -39,13 +39,14 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"checkpoint: {path} is no folder; give a run, a checkpoint or a model folder")
     import torch
 
+    from megalite.checkpoint.model_folder import load_model
     from megalite.data.tokenizer import load_tokenizer
     from megalite.train.sampling import stream
-    from megalite.train.standalone import load_trained
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    model, beside = load_trained(path)
+    model, stored = load_model(path)
+    beside = stored.tokenizer
     if not options.tokenizer and beside is None:
         raise UserError(f"tokenizer: no tokenizer.json beside {path}; give tokenizer=PATH or tokenizer=bytes")
     tokenizer = load_tokenizer(options.tokenizer or str(beside))
