@@ -1,4 +1,4 @@
-"""Rotary position tables: frequencies and their scalings in float64, then cos and sin in the model's dtype.
+"""Rotary position tables: frequencies and their scalings in float64, then cos and sin in float32 (float64 for fp64).
 
 The tables are no parameters and no buffers: they are made when first needed, on the device that needs them, so a model
 built on the meta device works, and a model that reads short sequences never holds tables for its longest.
@@ -12,7 +12,7 @@ from torch import Tensor
 from megalite.config.schema import RopeConfig
 
 Rotation = tuple[Tensor, Tensor]
-"""cos and sin, [S, R] or [B, S, R]; the two halves of the rotated dimensions R carry the same angles."""
+"""cos and sin [B, S, R]; the two halves of the rotated dimensions R carry the same angles."""
 
 
 def inverse_frequencies(rope: RopeConfig, rotated: int) -> tuple[Tensor, float]:
@@ -58,7 +58,20 @@ class RopeTables:
         self.rope, self.rotated = rope, rotated
         self.tables: dict[tuple[torch.device, torch.dtype], Rotation] = {}
 
-    def up_to(self, length: int, device: torch.device, dtype: torch.dtype) -> Rotation:
+    def at(self, start: int, like_BSE: Tensor, positions_BS: Tensor | None) -> Rotation:
+        """The rotation of every token of `like_BSE`: at `positions_BS`, or at start, start + 1, … in every row.
+
+        Written out for every row, once for all layers: each keeps it for backward, and kernels take rows of tokens.
+        """
+        batch, length = like_BSE.shape[:2]
+        wide = torch.float64 if like_BSE.dtype == torch.float64 else torch.float32
+        tables = self._up_to(start + length, like_BSE.device, wide)
+        if positions_BS is not None:
+            return tables[0][positions_BS], tables[1][positions_BS]
+        cos, sin = (table[start:].expand(batch, -1, -1).contiguous() for table in tables)
+        return cos, sin
+
+    def _up_to(self, length: int, device: torch.device, dtype: torch.dtype) -> Rotation:
         """cos and sin of positions 0 … length-1, [length, R] in `dtype`."""
         cos, sin = self.tables.get((device, dtype), (None, None))
         if cos is None or sin is None or len(cos) < length:

@@ -17,7 +17,7 @@ from megalite.model.cache import KVCache
 from megalite.model.embedding import Embedding, Head
 from megalite.model.mlp import MLP
 from megalite.model.norm import make_norm
-from megalite.model.rope import RopeTables, Rotation
+from megalite.model.rope import RopeTables
 from megalite.model.size import rotary_dim
 
 
@@ -66,9 +66,7 @@ class Transformer(nn.Module):
             self.head = Head(vocab, config.hidden, std=config.init_std)
         rotated, theta = rotary_dim(config), config.rope.local_theta
         self.rope = RopeTables(config.rope, rotated) if config.position == "rope" else None
-        self.local_rope = self.rope
-        if self.rope is not None and theta is not None:
-            self.local_rope = RopeTables(RopeConfig(theta=theta), rotated)
+        self.local_rope = RopeTables(RopeConfig(theta=theta), rotated) if self.rope and theta else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -78,8 +76,8 @@ class Transformer(nn.Module):
     def forward(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Hidden states [B, S, E] after the final norm, in the parameters' dtype.
 
-        `documents_BS` numbers the documents inside each row: attention stays inside a document and positions restart
-        with it. With `cache`, tokens follow those the cache holds.
+        `documents_BS` numbers the documents inside each row, rising along it: attention stays inside a document and
+        positions restart with it. With `cache`, tokens follow those the cache holds.
         """
         assert documents_BS is None or cache is None, "a cache holds one document a row"
         start = cache.length if cache is not None else 0
@@ -89,7 +87,8 @@ class Transformer(nn.Module):
             x_BSE = x_BSE * self.config.embedding_scale
         if self.config.position == "learned":
             x_BSE = x_BSE + self._learned(start, tokens_BS, positions_BS)
-        rotation, local = (self._rotation(rope, start, x_BSE, positions_BS) for rope in (self.rope, self.local_rope))
+        rotation = self.rope.at(start, x_BSE, positions_BS) if self.rope else None
+        local = self.local_rope.at(start, x_BSE, positions_BS) if self.local_rope else rotation
         context = Context(rotation, local, documents_BS, cache)
         for block in self.blocks:
             x_BSE = block(x_BSE, context)
@@ -122,14 +121,6 @@ class Transformer(nn.Module):
         if positions_BS is None:
             return self.positions.weight[start:end]
         return self.positions(positions_BS)
-
-    @staticmethod
-    def _rotation(rope: RopeTables | None, start: int, x_BSE: Tensor, positions_BS: Tensor | None) -> Rotation | None:
-        if rope is None:
-            return None
-        end = start + x_BSE.shape[1]
-        cos, sin = rope.up_to(end, x_BSE.device, x_BSE.dtype)
-        return (cos[start:], sin[start:]) if positions_BS is None else (cos[positions_BS], sin[positions_BS])
 
 
 def document_positions(documents_BS: Tensor) -> Tensor:
