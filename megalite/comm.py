@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalite.errors import UserError
+from megalite.errors import RunError, UserError
 from megalite.mesh import AXES, Mesh
 
 
@@ -81,7 +81,8 @@ class Communicator:
                 outcome = {"error": list(error.lines), "code": error.exit_code}
         outcome = self.broadcast_json(outcome)
         if "error" in outcome:
-            failure = UserError(*outcome["error"])
-            failure.exit_code, failure.on_every_rank = outcome["code"], True
+            kind = RunError if outcome["code"] == RunError.exit_code else UserError
+            failure = kind(*outcome["error"])
+            failure.on_every_rank = True
             raise failure
         return outcome["result"]

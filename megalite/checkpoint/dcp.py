@@ -91,12 +91,24 @@ def quiet_alone() -> Iterator[None]:
         yield
 
 
+def first_cause(error: dcp.CheckpointException) -> str:
+    """What went wrong on the first rank that failed, in one line."""
+    cause = next(iter(error.failures.values()))[0]
+    return str(getattr(cause, "strerror", None) or " ".join(str(cause).split()))
+
+
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    """Write `tensors` into `folder`, shared out over the ranks of `group` (None: this process alone)."""
+    """Write `tensors` into `folder`, shared out over the ranks of `group` (None: this process alone).
+
+    OSError on every rank when one of them could not write.
+    """
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
     writer = JsonWriter(folder, single_file_per_rank=True, sync_files=True)
-    with quiet_alone():
-        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+    try:
+        with quiet_alone():
+            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+    except dcp.CheckpointException as error:
+        raise OSError(0, first_cause(error)) from error
 
 
 def load_tensors(
@@ -124,5 +136,4 @@ def load_tensors(
         with quiet_alone():
             dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise UserError(f"{folder}: damaged ({cause}); delete the folder to go on from an older checkpoint") from error
+        raise UserError(f"{folder}: damaged ({first_cause(error)}); delete the folder to go on from an older checkpoint") from error

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import CheckpointException
 
 from megalite.checkpoint import dcp
 from megalite.comm import Communicator
@@ -60,8 +59,8 @@ class CheckpointStore:
         failure = ""
         try:
             dcp.save_tensors(part, tensors, self.comm.mesh.group(*AXES))
-        except (OSError, CheckpointException) as error:
-            failure = str(error).strip().splitlines()[-1]
+        except OSError as error:
+            failure = str(error.strerror)
         self.comm.on_rank_zero(lambda: self._commit(part, final, trainer, failure))
         return final
 

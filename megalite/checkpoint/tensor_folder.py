@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megalite.errors import UserError
+from megalite.errors import RunError, UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -79,14 +78,14 @@ def safe_file(folder: Path, name: object) -> Path:
     return path
 
 
-def write_tensors(folder: Path, shapes: Mapping[str, int], tensor: Callable[[str], Tensor], shard_bytes: int) -> None:
+def write_tensors(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], Tensor], shard_bytes: int) -> None:
     """Write tensors into `folder` (made by the caller), at most `shard_bytes` a file; one file's tensors in memory.
 
-    `shapes` gives each tensor's size in bytes, in the order to write; `tensor` makes it when its file's turn comes.
+    `sizes` gives each tensor's size in bytes, in the order to write; `tensor` makes it when its file's turn comes.
     """
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, size in shapes.items():
+    for name, size in sizes.items():
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
@@ -95,10 +94,15 @@ def write_tensors(folder: Path, shapes: Mapping[str, int], tensor: Callable[[str
     total = len(shards)
     files = [SINGLE] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
     for file, names in zip(files, shards, strict=True):
-        save_file({name: tensor(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        try:
+            save_file({name: tensor(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise RunError(
+                f"{folder / file}: cannot be written ({error}); free space or choose another output"
+            ) from None
     if total > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(shapes.values())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -113,13 +117,21 @@ def new_folder(path: Path) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
-        for file in part.iterdir():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+        for file in [*part.iterdir(), part]:
+            _sync(file)
         os.replace(part, path)
+        _sync(path.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:
@@ -150,7 +162,3 @@ def _opened(file: Path) -> Iterator[Any]:
         raise UserError(
             f"{file}: not a whole safetensors file ({' '.join(str(error).split())}); fetch it again"
         ) from None
-
-
-def bytes_of(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return torch.Size(shape).numel() * dtype.itemsize

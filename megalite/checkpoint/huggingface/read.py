@@ -81,8 +81,8 @@ def _read_llama_like(name: str, values: dict[str, Any], where: str) -> ModelConf
         tied_embeddings=bool(values.get("tie_word_embeddings", False)),
         embedding_scale=hidden**0.5 if gemma else 1.0,
         attention_scale=float(values["query_pre_attn_scalar"]) ** -0.5 if name in WITH_SOFTCAPS else None,
-        attention_softcap=values.get("attn_logit_softcapping") if name in WITH_SOFTCAPS else None,
-        logit_softcap=values.get("final_logit_softcapping") if name in WITH_SOFTCAPS else None,
+        attention_softcap=_softcap(name, values.get("attn_logit_softcapping")),
+        logit_softcap=_softcap(name, values.get("final_logit_softcapping")),
         window=window,
         window_pattern=pattern,
         init_std=float(values.get("initializer_range", 0.02)),
@@ -91,6 +91,10 @@ def _read_llama_like(name: str, values: dict[str, Any], where: str) -> ModelConf
     if config.rope.local_theta is not None and window is None:
         config.rope.local_theta = None
     return dataclasses.replace(config, **FAMILIES[name].fixed)
+
+
+def _softcap(name: str, value: Any) -> float | None:
+    return None if value is None or name not in WITH_SOFTCAPS else float(value)
 
 
 def _activation(stated: object, spellings: Mapping[str, tuple[str, ...]], where: str) -> str:
