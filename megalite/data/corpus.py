@@ -6,6 +6,7 @@ The same Python gives the same documents in the same order. Nothing is cleaned; 
 import hashlib
 import os
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +31,12 @@ class Corpus:
 def embedded_corpus(validation_share: float = 0.05, max_bytes: int = 0, folder: Path | None = None) -> Corpus:
     """The sources under `folder` (default: this Python's library), split by file into training and validation.
 
-    Files are in order of their relative paths. Which ones are validation depends on a hash of the path: in that order
-    files are taken until they fill `validation_share` of the bytes. `max_bytes` cuts the training part (0: all of it).
+    Files are in order of their relative paths. Which ones are validation depends on a hash of their content, so copies
+    of one file stay together: in the order of the hashes files are taken until they fill `validation_share` of the
+    bytes. `max_bytes` cuts the training part (0: all of it).
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
-    digest, documents, undecodable, empty = hashlib.sha256(), {}, [], 0
+    digest, documents, undecodable, empty = hashlib.sha256(), list[str](), list[str](), 0
     for name in _source_files(folder):
         content = (folder / name).read_bytes()
         digest.update(f"{name}\0{len(content)}\0".encode())
@@ -45,14 +47,14 @@ def embedded_corpus(validation_share: float = 0.05, max_bytes: int = 0, folder: 
             undecodable.append(name)
             continue
         if text:
-            documents[name] = text
+            documents.append(text)
         else:
             empty += 1
     if not documents:
         raise UserError(f"data.path: no Python sources in {folder}; give data.path=PREFIX of a built dataset instead")
     held_out = _held_out(documents, validation_share)
-    train = [text for name, text in documents.items() if name not in held_out]
-    validation = [text for name, text in documents.items() if name in held_out]
+    train = [text for text in documents if text not in held_out]
+    validation = [text for text in documents if text in held_out]
     if max_bytes:
         train = _first_bytes(train, max_bytes)
     left_out = f"corpus: left out {empty} empty files and {len(undecodable)} that are not UTF-8"
@@ -78,15 +80,16 @@ def _source_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _held_out(documents: dict[str, str], share: float) -> set[str]:
-    sizes = {name: len(text.encode()) for name, text in documents.items()}
-    wanted, taken, filled = share * sum(sizes.values()), set(), 0
-    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+def _held_out(texts: Iterable[str], share: float) -> set[str]:
+    hashes = {hashlib.sha256(text.encode()).digest(): text for text in texts}
+    sizes = {text: len(text.encode()) for text in hashes.values()}
+    wanted, taken, filled = share * sum(sizes.values()), set[str](), 0
+    for _, text in sorted(hashes.items()):
         if filled >= wanted:
             break
-        if sizes[name] <= max(wanted * _LARGEST_SHARE, 4096):
-            taken.add(name)
-            filled += sizes[name]
+        if sizes[text] <= max(wanted * _LARGEST_SHARE, 4096):
+            taken.add(text)
+            filled += sizes[text]
     return taken
 
 
