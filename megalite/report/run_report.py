@@ -31,7 +31,7 @@ def write_report(run_dir: Path) -> Path:
 def summary(run_dir: Path) -> list[str]:
     """The same result in a few plain lines for a terminal: last losses, then bits per byte beside the baselines."""
     run = read_run(Path(run_dir))
-    lines = [f"{label:<22}{value}" for value, label in _headlines(run)]
+    lines = [f"{label:<39}{value}" for value, label in _headlines(run)]
     rows = _compression(run)
     if len(rows) > 1:
         lines += ["bits per byte of the validation text:", *(f"  {label:<26}{bits:.4f}" for label, bits, _ in rows)]
@@ -86,7 +86,9 @@ def _headlines(run: RunFolder) -> list[tuple[str, str]]:
     items.append((_count(last.get("tokens"), ""), "tokens"))
     add(_median(run.metrics, "tokens_per_s"), "{:,.0f}", "tokens/s (median)")
     add(_median(run.metrics, "mfu"), "{:.1%}", "MFU (median)")
-    add(max(_curve(run.metrics, "memory_gb")[1], default=None), "{:.2f} GB", "peak memory a rank")
+    foreseen = number(run.facts, "predicted_memory_gb")
+    predicted = f" ({foreseen:.2f} predicted)" if foreseen else ""
+    add(max(_curve(run.metrics, "memory_gb")[1], default=None), "{:.2f} GB", f"peak memory a rank{predicted}")
     seconds = sum(number(row, "step_s") or 0.0 for row in run.metrics)
     logged_share = len(run.metrics) / max(run.metrics[-1]["step"], 1)
     if seconds and logged_share > 0:

@@ -82,7 +82,6 @@ def run_facts(
     train, sequence = config.train, config.data.sequence_length
     counts = parameter_counts(config.model, model.vocab, model.max_positions)
     threads = torch.get_num_threads()
-    data_parallel = mesh.size("dp", "cp")
     return {
         "model": config.model.name,
         "family": config.model.family,
@@ -106,5 +105,7 @@ def run_facts(
         "backends": explain(),
         "peak_flops": measured_matmul_peak(world.device, precision.compute, threads),
         "flops_per_token": flops_per_token(config.model, model.vocab, sequence),
-        "predicted_memory_gb": predicted_memory(config, model.vocab, precision.compute, precision.main, data_parallel),
+        "predicted_memory_gb": predicted_memory(
+            config, model.vocab, precision.compute, precision.main, world.device.type
+        ),
     }

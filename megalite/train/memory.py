@@ -8,12 +8,16 @@ compares the activation part with what autograd really keeps.
 from dataclasses import dataclass, fields
 
 import torch
+from megalite_kernels.loss import CHUNK_LOGITS
 
 from megalite.config.schema import Config, ModelConfig
-from megalite.model.size import gated, head_dim, kv_heads, parameter_counts
+from megalite.model.size import gated, head_dim, kv_heads, parameter_counts, rotary_dim
 
 PROCESS_BYTES = {"cpu": 0.36e9, "cuda": 0.0}
 """Interpreter, libraries and allocator reserve of a CPU process (resident after imports); CUDA counts tensors alone."""
+
+SPANS = 8
+"""Bytes a token: the first and the last key that its query sees."""
 
 
 @dataclass(frozen=True)
@@ -33,56 +37,74 @@ class Memory:
 
 
 def predict(config: Config, vocab: int, compute: torch.dtype, main: torch.dtype, device: str = "cpu") -> Memory:
-    """Memory of one unsharded process with parameters and activations in `compute`, gradients and moments in `main`."""
+    """Memory of a process that holds the whole model (plain data parallelism does).
+
+    Parameters and activations are in `compute`, gradients and moments in `main`; `device`: cpu or cuda.
+    """
     model, tokens = config.model, config.train.micro_batch * config.data.sequence_length
     counts = parameter_counts(model, vocab, model.max_positions or config.data.sequence_length)
     moments: float = 1 if config.optim.name == "sgd" else 2
     if config.optim.name == "muon":  # matrices keep one moment, everything else AdamW's two
         moments = 2 - counts.matrices / counts.total
     copies = 0 if compute == main else main.itemsize
-    kept = model.layers * kept_per_token(model, config.data.sequence_length, compute.itemsize, config.recompute.mode)
-    ends = (2 * model.hidden) * compute.itemsize + 3 * 8  # final norm's input and output; tokens, targets, positions
+    kept = model.layers * kept_per_token(model, compute.itemsize, config.recompute.mode)
+    ends = 2 * model.hidden * compute.itemsize + 3 * 8  # final norm's input and output; tokens, targets
+    if model.position == "rope":
+        ends += 2 * 4 * rotary_dim(model)  # float32 tables that all layers share
     return Memory(
         weights=counts.total * compute.itemsize,
         gradients=counts.total * main.itemsize,
         optimizer=counts.total * (copies + moments * main.itemsize),
         activations=tokens * (kept + ends),
-        transient=_transient(config, vocab, tokens, compute.itemsize),
+        transient=_transient(config, vocab, tokens, compute),
         process=PROCESS_BYTES.get(device, 0.0),
     )
 
 
-def predicted_memory(
-    config: Config, vocab: int, compute: torch.dtype, main: torch.dtype, data_parallel: int = 1, device: str = "cpu"
-) -> float:
-    """The same in GB (1e9 bytes) for the run's header. Plain data parallelism keeps a whole copy on each rank."""
-    del data_parallel
+def predicted_memory(config: Config, vocab: int, compute: torch.dtype, main: torch.dtype, device: str = "cpu") -> float:
+    """The same in GB (1e9 bytes), for the run's header."""
     return predict(config, vocab, compute, main, device).total / 1e9
 
 
-def kept_per_token(model: ModelConfig, sequence: int, size: int, recompute: str) -> float:
-    """Bytes that one layer keeps for backward, a token; `size`: bytes of an activation element."""
+def kept_per_token(model: ModelConfig, size: int, recompute: str) -> float:
+    """Bytes that one layer keeps for backward, a token; `size`: bytes of an activation element.
+
+    The residual stream before each sublayer, each projection's input, queries, keys and values after RoPE, the MLP's
+    inner values; float32 statistics of norms and attention.
+    """
     hidden = model.hidden
     if recompute == "full":
         return hidden * size
     queries, keys = model.heads * head_dim(model), kv_heads(model) * head_dim(model)
-    norms = {"pre": 2, "post": 2, "sandwich": 4}[model.norm_place]
-    residuals, normed = 2 * hidden, norms * hidden
-    attention = queries + 2 * keys + queries
+    before, after = model.norm_place != "post", model.norm_place != "pre"
+    statistics = 8 if model.norm == "layernorm" else 4
+    elements = 2 * hidden + 2 * queries + 2 * keys  # inputs of query/key/value and MLP; q, k, v and the heads' output
+    elements += 2 * hidden * (before + after)  # a norm keeps its input
+    other = 2 * statistics * (before + after) + SPANS
     if model.qk_norm:
-        attention += queries + keys
-    inner = (3 if gated(model) else 2) * model.ffn
+        elements += queries + keys
+        other += 4 * (model.heads + kv_heads(model))
+    inner, attention_statistics = _mlp_kept(model), 4 * model.heads
     if recompute == "selective":
         inner -= model.ffn
-    statistics = 4 * (norms + model.heads)
-    return (residuals + normed + attention + inner) * size + statistics
+        attention_statistics = 0
+    return (elements + inner) * size + other + attention_statistics
 
 
-def _transient(config: Config, vocab: int, tokens: int, size: int) -> float:
-    """The widest moment beyond what is kept: a layer computed again, or the loss's chunk of logits."""
+def _mlp_kept(model: ModelConfig) -> int:
+    """Elements: what the activation reads, and what it hands to the down projection."""
+    if model.activation == "relu2":
+        return 3 * model.ffn  # max(x, 0) is kept by the square besides
+    return (3 if gated(model) else 2) * model.ffn
+
+
+def _transient(config: Config, vocab: int, tokens: int, compute: torch.dtype) -> float:
+    """The widest moment beyond what is kept: the loss with its gradients, or a layer computed again."""
     model = config.model
-    logits = min(tokens, 512) * vocab * 4 * 2
+    gradients = (tokens + vocab) * model.hidden * 4  # of the last hidden states and of the head, float32
+    chunk = min(tokens, max(16, CHUNK_LOGITS // vocab)) * vocab * 4
+    handed_on = (tokens + vocab) * model.hidden * compute.itemsize
     again = 0.0
     if config.recompute.mode == "full":
-        again = tokens * kept_per_token(model, config.data.sequence_length, size, "none")
-    return max(logits, again)
+        again = tokens * kept_per_token(model, compute.itemsize, "none")
+    return max(gradients + max(chunk, handed_on), again)

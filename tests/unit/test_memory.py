@@ -1,0 +1,98 @@
+"""Predicted memory against what autograd keeps, and against what a training process is seen to need."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalite.config.load import load_config
+from megalite.model.apply import apply_recompute
+from megalite.model.transformer import Transformer
+from megalite.parallel.parameter import materialize
+from megalite.train.memory import predict, predicted_memory
+from megalite.train.peak import measured_matmul_peak
+
+SMALL = ("model.layers=3", "model.hidden=64", "model.heads=4", "model.ffn=96", "data.sequence_length=48")
+VOCAB = 211
+
+
+def kept_bytes(*overrides: str, dtype: torch.dtype) -> tuple[float, float]:
+    """(kept for backward by autograd beyond parameters and the loss's own gradients, predicted)."""
+    config = load_config(*SMALL, *overrides)
+    with torch.device("meta"):
+        model = Transformer(config.model, VOCAB, config.data.sequence_length)
+    materialize(model, torch.device("cpu"), seed=0, dtype=dtype)
+    apply_recompute(model, config.recompute.mode)  # type: ignore[arg-type]
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    shape = (config.train.micro_batch, config.data.sequence_length)
+    tokens = torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses = model.loss(tokens, tokens)
+    assert losses.nll_sum.requires_grad
+    loss_gradients = (tokens.numel() + VOCAB) * config.model.hidden * 4
+    return sum(kept.values()) - loss_gradients, predict(config, VOCAB, dtype, torch.float32).activations
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("model.kv_heads=2",),
+        ("model.qk_norm=true", "model.norm_place=sandwich"),
+        ("model.norm_place=post", "model.tied_embeddings=true"),
+        ("model.norm=layernorm", "model.activation=gelu", "model.position=learned"),
+        ("recompute=selective",),
+        ("recompute=full",),
+    ],
+)
+def test_activations_are_those_autograd_keeps(overrides: tuple[str, ...], dtype: torch.dtype) -> None:
+    kept, predicted = kept_bytes(*overrides, dtype=dtype)
+    assert predicted == pytest.approx(kept, rel=0.06, abs=32e3)
+
+
+def test_state_is_counted_by_dtype_and_optimizer() -> None:
+    config = load_config(*SMALL)
+    full, mixed = (predict(config, VOCAB, dtype, torch.float32) for dtype in (torch.float32, torch.bfloat16))
+    parameters = full.weights / 4
+    assert (full.gradients, full.optimizer) == (4 * parameters, 8 * parameters)
+    assert (mixed.weights, mixed.gradients, mixed.optimizer) == (2 * parameters, 4 * parameters, 12 * parameters)
+    config.optim.name = "sgd"
+    assert predict(config, VOCAB, torch.float32, torch.float32).optimizer == 4 * parameters
+    config.optim.name = "muon"
+    assert 4 * parameters < predict(config, VOCAB, torch.float32, torch.float32).optimizer < 8 * parameters
+    assert predicted_memory(load_config(*SMALL), VOCAB, torch.float32, torch.float32) == full.total / 1e9
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_real_run_needs_what_was_predicted(tmp_path: Path, precision: str) -> None:
+    words = [
+        "data.tokenizer=bytes", "data.max_bytes=200000", f"data.cache={tmp_path}", f"run.dir={tmp_path / 'run'}",
+        "model.layers=4", "model.hidden=256", "model.heads=4", "model.ffn=704", "data.sequence_length=256",
+        "train.micro_batch=8", "train.global_batch=8", "train.steps=2", "train.final_eval=false",
+        "checkpoint.final=false", "log.progress=none", "log.report=false", "train.threads=1", f"precision={precision}",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "megalite", "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "run" / "environment.json").read_text())["facts"]
+    measured = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["memory_gb"]
+    assert facts["predicted_memory_gb"] == pytest.approx(measured, rel=0.15)
+
+
+def test_peak_is_quick_and_plausible() -> None:
+    threads = torch.get_num_threads()
+    peak = measured_matmul_peak(torch.device("cpu"), torch.float32, threads=1)
+    assert 1e8 < peak < 1e13
+    assert torch.get_num_threads() == threads
