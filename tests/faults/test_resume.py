@@ -15,6 +15,7 @@ from megalite import Trainer, load_config
 from megalite.checkpoint.dcp import load_tensors, read_metadata
 from megalite.checkpoint.store import complete_steps
 from megalite.world import leave
+from tests.tiny_job import tiny_job
 
 CONTEXT = multiprocessing.get_context("fork")
 STEPS = 24
@@ -22,27 +23,15 @@ TIMING = ("tokens_per_s", "model_tflops", "mfu", "memory_gb", "step_s", "data_s"
 JOB = (
     f"train.steps={STEPS}",
     "train.micro_batch=2",
-    "train.global_batch=8",
-    "train.threads=1",
     "train.eval_every=7",
     "train.eval_batches=2",
-    "train.final_eval=false",
     "train.z_loss=1e-4",
-    "data.sequence_length=32",
-    "data.tokenizer=bytes",
-    "data.max_bytes=200000",
-    "model.layers=2",
-    "model.hidden=32",
-    "model.heads=2",
-    "model.ffn=64",
     "optim.warmup_steps=5",
     "checkpoint.every=3",
-    "log.report=false",
-    "log.progress=none",
 )
 
 
-def run_rank(rank: int, world: int, port: int, words: tuple[str, ...]) -> None:
+def run_rank(rank: int, world: int, port: int, words: list[str]) -> None:
     """One rank of a run, as torchrun would start it."""
     torch.set_num_threads(1)
     if world > 1:
@@ -65,7 +54,7 @@ class Job:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        arguments = (*JOB, f"run.dir={run_dir}", *words)
+        arguments = tiny_job(*JOB, f"run.dir={run_dir}", *words)
         self.ranks = [CONTEXT.Process(target=run_rank, args=(r, world, port, arguments)) for r in range(world)]
         for process in self.ranks:
             process.start()

@@ -1,0 +1,71 @@
+"""The mesh against a brute-force reading of its definition, for every factorisation of small worlds."""
+
+from itertools import combinations, product
+
+import pytest
+import torch
+
+from megalite.comm import Call, Communicator
+from megalite.mesh import AXES, Mesh
+from megalite.world import World, join, world_from_environment
+from tests.ranks import run_ranks
+
+
+def factorisations(world: int) -> list[dict[str, int]]:
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+    found = []
+    for sizes in product(divisors, repeat=len(AXES)):
+        total = 1
+        for size in sizes:
+            total *= size
+        if total == world:
+            found.append(dict(zip(AXES, sizes, strict=True)))
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8, 12])
+def test_groups_partition_the_world(world: int) -> None:
+    for sizes in factorisations(world):
+        for count in range(1, len(AXES) + 1):
+            for axes in combinations(AXES, count):
+                groups = Mesh(sizes).all_ranks(axes)
+                assert sorted(rank for ranks in groups for rank in ranks) == list(range(world))
+                for ranks in groups:
+                    places = [Mesh(sizes, rank).coordinates() for rank in ranks]
+                    fixed = {tuple(place[axis] for axis in AXES if axis not in axes) for place in places}
+                    assert len(fixed) == 1, "ranks of a group differ on the group's axes alone"
+                    assert [Mesh(sizes, rank).index(*axes) for rank in ranks] == list(range(len(ranks)))
+                    assert all(Mesh(sizes, rank).ranks(*axes) == ranks for rank in ranks)
+
+
+def test_tp_ranks_are_neighbours() -> None:
+    mesh = Mesh({"pp": 2, "dp": 2, "cp": 1, "tp": 2}, rank=5)
+    assert (mesh.ranks("tp"), mesh.ranks("dp"), mesh.ranks("pp")) == ([4, 5], [5, 7], [1, 5])
+
+
+def collectives() -> dict[str, object]:
+    world = world_from_environment()
+    join(world)
+    calls: list[Call] = []
+    comm = Communicator(Mesh({"pp": 1, "dp": 2, "cp": 1, "tp": 2}, world.rank), calls.append)
+    over = {axis: torch.tensor([float(world.rank)]) for axis in ("dp", "tp", "cp")}
+    for axis, value in over.items():
+        comm.all_reduce(value, axis)
+    largest = torch.tensor([world.rank])
+    comm.all_reduce(largest, *AXES, op="max")
+    text = comm.broadcast_json({"from": world.rank})
+    return {**{axis: value.item() for axis, value in over.items()}, "max": largest.item(), "text": text, "calls": calls}
+
+
+def test_collectives_run_over_their_axis_and_are_recorded() -> None:
+    for rank, seen in enumerate(run_ranks(4, collectives)):
+        assert seen["dp"] == rank + (rank + 2) % 4, "0 with 2, 1 with 3"
+        assert seen["tp"] == rank + (rank ^ 1), "0 with 1, 2 with 3"
+        assert (seen["cp"], seen["max"], seen["text"]) == (rank, 3, {"from": 0})
+        assert seen["calls"][:2] == [Call("all_reduce_sum", ("dp",), "float32", 4), Call("all_reduce_sum", ("tp",), "float32", 4)]
+
+
+def test_world_of_a_plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert world_from_environment() == World()

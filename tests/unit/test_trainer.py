@@ -1,0 +1,121 @@
+"""The trainer's promises on one process: accumulation, skipped steps, dry run, interruption, what it leaves behind."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalite import Trainer, load_config
+from megalite.checkpoint.store import complete_steps
+from megalite.errors import RunError, UserError
+from megalite.train.callback import StepMetrics
+from tests.tiny_job import tiny_job
+
+def trainer(folder: Path, *words: str) -> Trainer:
+    return Trainer(load_config(*tiny_job("precision=fp64", f"run.dir={folder}", *words)))
+
+
+def train(folder: Path, *words: str) -> list[StepMetrics]:
+    return list(trainer(folder, *words))
+
+
+def test_accumulation_does_not_change_the_step(tmp_path: Path) -> None:
+    whole = train(tmp_path / "a", "train.micro_batch=8", "train.z_loss=1e-3")
+    for micro in (1, 2, 4):
+        parts = train(tmp_path / str(micro), f"train.micro_batch={micro}", "train.z_loss=1e-3")
+        for name in ("loss", "grad_norm", "z_loss"):
+            expected = [getattr(row, name) for row in whole]
+            torch.testing.assert_close([getattr(row, name) for row in parts], expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recompute_changes_no_bit(tmp_path: Path, mode: str) -> None:
+    plain = train(tmp_path / "a", "precision=fp32")
+    again = train(tmp_path / "b", "precision=fp32", f"recompute={mode}")
+    assert [(r.loss, r.grad_norm) for r in plain] == [(r.loss, r.grad_norm) for r in again]
+
+
+def test_dry_run_leaves_no_trace(tmp_path: Path) -> None:
+    with_dry = train(tmp_path / "a", "precision=fp32", "train.dry_run=true")
+    without = train(tmp_path / "b", "precision=fp32", "train.dry_run=false")
+    assert [(r.loss, r.grad_norm) for r in with_dry] == [(r.loss, r.grad_norm) for r in without]
+
+
+def test_non_finite_steps_are_skipped_said_and_limited(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "train.nonfinite_limit=3", "train.steps=9", "train.dry_run=false")
+    steps = iter(made)
+    first = next(steps)
+    weights = {name: value.clone() for name, value in made.optimizer.state_tensors().items()}
+    loss = made.model.loss
+    made.model.loss = lambda *a, **k: type(out := loss(*a, **k))(out.nll_sum * float("nan"), out.z_sum)  # type: ignore[assignment]
+    assert (first.skipped, next(steps).skipped, next(steps).skipped) == (False, True, True)
+    assert all(torch.equal(weights[name], value) for name, value in made.optimizer.state_tensors().items())
+    with pytest.raises(RunError, match="train.nonfinite_limit: 3 steps"):
+        next(steps)
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["kind"] == "skip"] == [2, 3, 4]
+
+
+def test_sigterm_saves_and_the_next_start_goes_on(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "train.steps=6")
+    done = []
+    for row in made:
+        done.append(row.step)
+        if row.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert done == [1, 2, 3], "the step after the signal agrees to stop"
+    assert [path.name for path in complete_steps(tmp_path / "checkpoints")] == ["step_00000003"]
+    del made
+    assert [row.step for row in train(tmp_path, "train.steps=6")] == [4, 5, 6]
+
+
+def test_run_folder(tmp_path: Path) -> None:
+    config = load_config(*tiny_job(f"run.dir={tmp_path}"))
+    rows = list(Trainer(config))
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in written] == [row.loss for row in rows], "full precision"
+    assert {"step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "model_tflops", "mfu"} <= written[0].keys()
+    assert {"memory_gb", "step_s", "data_s"} <= written[0].keys()
+    again = load_config(config_dir=tmp_path, config_name="config")
+    assert again == config, "config.yaml repeats the run"
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__ and environment["facts"]["backends"]
+
+
+def test_two_trainers_never_share_a_folder(tmp_path: Path) -> None:
+    first = trainer(tmp_path)
+    with pytest.raises(UserError, match="another process trains in"):
+        trainer(tmp_path)
+    assert first.step == 0
+
+
+def test_a_used_folder_is_refused_when_asked(tmp_path: Path) -> None:
+    train(tmp_path)
+    with pytest.raises(UserError, match="already holds a run"):
+        trainer(tmp_path, "checkpoint.resume=none")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("train.seed=9",), "train.seed: 9, but .* was trained with 1234"),
+        (("train.global_batch=4",), "train.global_batch: 4, but"),
+        (("train.steps=3",), "train.steps: 3, but .* already has 4"),
+        (("model.hidden=64",), "made by another model"),
+        (("optim=muon",), "made by another model or optimizer"),
+        (("checkpoint.resume=/nowhere",), "checkpoint.resume: no folder"),
+    ],
+)
+def test_resume_refuses_what_it_cannot_continue(tmp_path: Path, words: tuple[str, ...], line: str) -> None:
+    train(tmp_path)
+    with pytest.raises(UserError, match=line):
+        trainer(tmp_path, *words)
+
+
+def test_metrics_are_a_value(tmp_path: Path) -> None:
+    row = train(tmp_path, "train.steps=1")[0]
+    assert replace(row, step=2).step == 2 and row.tokens == 8 * 32
