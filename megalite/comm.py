@@ -35,13 +35,13 @@ class Communicator:
     def _enter(self, op: str, axes: tuple[str, ...], tensor: torch.Tensor) -> dist.ProcessGroup | None:
         group = self.mesh.group(*axes)
         if group is not None and self.record is not None:
-            self.record(Call(op, axes, str(tensor.dtype).removeprefix("torch."), tensor.numel() * tensor.element_size()))
+            self.record(
+                Call(op, axes, str(tensor.dtype).removeprefix("torch."), tensor.numel() * tensor.element_size())
+            )
         return group
 
-    def all_reduce(
-        self, tensor: torch.Tensor, *axes: str, op: str = "sum", async_op: bool = False
-    ) -> dist.Work | None:
-        """Reduce in place ("sum" or "max"). With `async_op` the caller waits on the returned handle (None: nothing to do)."""
+    def all_reduce(self, tensor: torch.Tensor, *axes: str, op: str = "sum", async_op: bool = False) -> dist.Work | None:
+        """Reduce in place ("sum" or "max"). With `async_op` the caller waits on the handle (None: nothing to do)."""
         group = self._enter(f"all_reduce_{op}", axes, tensor)
         if group is None:
             return None

@@ -1,4 +1,4 @@
-"""Who is where: the only place that turns ranks into groups. Pure arithmetic; process groups are made when first asked for.
+"""Who is where: the only place that turns ranks into groups. Process groups are made when first asked for.
 
 Axes, outermost first: pp (pipeline), dp (data), cp (context), tp (tensor, so that its ranks are neighbours).
 """
@@ -65,7 +65,7 @@ class Mesh:
         return next(ranks for ranks in self.all_ranks(axes) if self.rank in ranks)
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
-        """This rank's process group over `axes`, made once; every rank must ask for it at the same point. None: alone."""
+        """This rank's process group over `axes`, made once; all ranks must ask at the same point. None: alone."""
         if self.size(*axes) == 1:
             return None
         if axes not in self._groups:

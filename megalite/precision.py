@@ -31,4 +31,6 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     else:
         native = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     chosen = PRESETS["bf16" if native else "fp32"]
-    return Precision(chosen.name, chosen.compute, chosen.main, f"auto: bf16 matmul is {'' if native else 'not '}native here")
+    return Precision(
+        chosen.name, chosen.compute, chosen.main, f"auto: bf16 matmul is {'' if native else 'not '}native here"
+    )

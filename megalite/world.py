@@ -12,7 +12,7 @@ from megalite.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `size`; `local_rank` of `local_size` on this host; `attempt` counts restarts."""
+    """This process: `rank` of `size`; `local_rank` of `local_size` on this host; `attempt` counts restarts."""
 
     rank: int = 0
     size: int = 1
@@ -32,9 +32,11 @@ def world_from_environment() -> World:
         return World()
     missing = [name for name, value in words.items() if value is None]
     if missing:
-        raise UserError(f"environment: {', '.join(missing)} not set though other torchrun variables are; start with torchrun")
-    numbers = [int(value or 0) for value in words.values()]
-    return World(*numbers, attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        raise UserError(
+            f"environment: {', '.join(missing)} not set though other torchrun variables are; start with torchrun"
+        )
+    rank, size, local_rank, local_size = (int(value or 0) for value in words.values())
+    return World(rank, size, local_rank, local_size, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
 def join(world: World, timeout_s: float = 600.0) -> None:
@@ -47,7 +49,7 @@ def join(world: World, timeout_s: float = 600.0) -> None:
     timeout = datetime.timedelta(seconds=timeout_s)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))  # type: ignore[attr-defined]
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     store = dist.PrefixStore(f"attempt{world.attempt}", store)
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

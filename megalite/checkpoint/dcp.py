@@ -136,4 +136,6 @@ def load_tensors(
         with quiet_alone():
             dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
-        raise UserError(f"{folder}: damaged ({first_cause(error)}); delete the folder to go on from an older checkpoint") from error
+        raise UserError(
+            f"{folder}: damaged ({first_cause(error)}); delete the folder to go on from an older checkpoint"
+        ) from error

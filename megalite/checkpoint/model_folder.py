@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from megalite.checkpoint.huggingface.folder import copy_companions, open_huggingface
-from megalite.checkpoint.stored_model import StoredModel, empty_model
+from megalite.checkpoint.stored_model import StoredModel, empty_model, refuse_impossible
 from megalite.checkpoint.tensor_folder import SHARD_BYTES, TensorFolder, new_folder, safe_file, write_tensors
 from megalite.checkpoint.training import is_training, open_training
 from megalite.config.build import build
@@ -81,6 +81,7 @@ def _open_native(folder: Path) -> StoredModel:
     special_tokens = values.pop("special_tokens", None) or {}
     described = build(Description, values)
     tensors = TensorFolder(folder)
+    refuse_impossible(described.model, described.vocab, described.max_positions, len(tensors), path)
     stored = StoredModel(
         config=described.model,
         vocab=described.vocab,

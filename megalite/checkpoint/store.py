@@ -70,7 +70,9 @@ class CheckpointStore:
                 shutil.rmtree(leftover, ignore_errors=True)
             part.mkdir(parents=True)
         except OSError as error:
-            raise RunError(f"{part}: cannot write the checkpoint ({error.strerror}); free space or change run.dir") from error
+            raise RunError(
+                f"{part}: cannot write the checkpoint ({error.strerror}); free space or change run.dir"
+            ) from error
 
     def _commit(self, part: Path, final: Path, trainer: dict[str, Any], failure: str) -> None:
         try:
@@ -90,7 +92,7 @@ class CheckpointStore:
         self._prune()
 
     def _prune(self) -> None:
-        """Drop all but the newest `keep`; a folder is renamed first, so that a half-deleted one never looks complete."""
+        """Drop all but the newest `keep`; each is renamed first, so that a half-deleted one never looks complete."""
         for old in complete_steps(self.folder)[: -self.keep] if self.keep else []:
             doomed = old.with_name(old.name + ".part")
             shutil.rmtree(doomed, ignore_errors=True)
@@ -113,9 +115,13 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         for name, entry in listed.items():
             path = checkpoint / name
             if Path(name).name != name or path.is_symlink() or not path.is_file():
-                raise UserError(f"{path}: missing from the checkpoint; delete {checkpoint.name} to go on from an older one")
+                raise UserError(
+                    f"{path}: missing from the checkpoint; delete {checkpoint.name} to go on from an older one"
+                )
             if path.stat().st_size != entry["bytes"] or digest(path) != entry["sha256"]:
-                raise UserError(f"{path}: damaged (digest differs); delete {checkpoint.name} to go on from an older one")
+                raise UserError(
+                    f"{path}: damaged (digest differs); delete {checkpoint.name} to go on from an older one"
+                )
         trainer: dict[str, Any] = json.loads((checkpoint / "trainer.json").read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint}: not a complete checkpoint ({error}); use another one") from error

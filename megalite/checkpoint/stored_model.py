@@ -1,5 +1,6 @@
 """A model at rest, wherever it lies: what it is, and its logical tensors by our names, read when asked for."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,9 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalite.config.schema import ModelConfig
+from megalite.config.schema import Config, ModelConfig
+from megalite.config.validate import violations
+from megalite.errors import UserError
+from megalite.model.size import parameter_counts
 from megalite.model.transformer import Transformer
 from megalite.parallel.parameter import declared_parameters
+
+LARGEST = 10**15
+"""Parameters; a description with more is damaged, and its sizes would overflow."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,23 @@ class StoredModel:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return parameter_shapes(self.config, self.vocab, self.max_positions)
+
+
+def refuse_impossible(config: ModelConfig, vocab: int, max_positions: int, tensors: int, where: Path) -> None:
+    """UserError when a file describes a model that cannot be, before anything is built from it.
+
+    The rules are those of the command line's `model.*`, and that a folder with `tensors` tensors has no more layers.
+    """
+    described = dataclasses.replace(config, vocab=vocab, max_positions=max_positions)
+    problems = [line for line in violations(Config(model=described)) if line.startswith("model.")]
+    if not problems and config.layers > tensors:
+        problems = [f"model.layers={config.layers}: the folder has {tensors} tensors"]
+    if not problems and config.rope.theta <= 1:
+        problems = [f"model.rope.theta={config.rope.theta}: must be above 1"]
+    if not problems and parameter_counts(config, vocab, max_positions).total > LARGEST:
+        problems = ["more parameters than any model has"]
+    if problems:
+        raise UserError(f"{where}: describes no possible model: {'; '.join(problems)}. Fetch the folder again")
 
 
 def empty_model(config: ModelConfig, vocab: int, max_positions: int) -> Transformer:

@@ -20,7 +20,7 @@ def is_training(path: Path) -> bool:
 
 
 def find_checkpoint(path: Path, name: str = "") -> Path:
-    """`path` itself when it is a checkpoint, else the checkpoint `name` (empty: the newest complete one) of run `path`."""
+    """`path` itself when it is a checkpoint, else run `path`'s checkpoint `name` (empty: the newest complete one)."""
     if (path / MANIFEST).is_file():
         return path
     folder = path / "checkpoints"
@@ -66,7 +66,7 @@ def describe(path: Path) -> str:
     entries = read_metadata(checkpoint).state_dict_metadata
     lines = [
         f"{checkpoint}",
-        f"step {counters['step']}, {counters['samples']} samples, seed {counters['seed']}, vocabulary {counters['vocab']}",
+        f"step {counters['step']}, {counters['samples']} samples, seed {counters['seed']}",
         "saved on " + ", ".join(f"{axis} {size}" for axis, size in counters["layout"].items()),
     ]
     for kind in ("model", "optim", "rng"):

@@ -1,4 +1,4 @@
-"""`megalite eval`: validation loss, perplexity and bits per byte of a training checkpoint, on any number of processes."""
+"""`megalite eval`: validation loss, perplexity, bits per byte of a checkpoint, on any number of processes."""
 
 import math
 from dataclasses import dataclass
@@ -32,7 +32,9 @@ def run(arguments: list[str]) -> int:
             bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
             if world.rank == 0:
                 perplexity = math.exp(min(result.loss, 700.0))
-                print(f"{result.name}: loss {result.loss:.6f}, perplexity {perplexity:.3f}{bits}, {result.tokens:,} tokens")
+                print(
+                    f"{result.name}: loss {result.loss:.6f}, perplexity {perplexity:.3f}{bits}, {result.tokens} tokens"
+                )
     finally:
         leave()
     return 0

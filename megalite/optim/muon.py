@@ -9,7 +9,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Nearest semi-orthogonal matrix, approximately (singular values end within about 0.7..1.2). Shape [rows, columns]."""
+    """Nearest semi-orthogonal matrix [rows, columns], roughly: singular values end at about 0.7..1.2."""
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if tall else matrix
@@ -31,7 +31,7 @@ def share_out(shapes: list[torch.Size], ranks: int) -> list[int]:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices of hidden layers only. Step: m = momentum*m + g; p -= lr * 0.2*sqrt(max(shape)) * orth(g + momentum*m).
+    """For matrices of hidden layers: m = momentum*m + g; p -= lr * 0.2*sqrt(max(shape)) * orth(g + momentum*m).
 
     The factor gives the update the RMS of an AdamW step (Liu et al. 2025, arXiv:2502.16982), so one lr serves both.
     Computes in the parameters' dtype (float32 main weights), whole logical matrices only. Replicas share the work: each
@@ -64,7 +64,9 @@ class Muon(torch.optim.Optimizer):
         owners = share_out([weight.shape for weight in weights], self.comm.mesh.size(*self.axes))
         mine = self.comm.mesh.index(*self.axes)
         flat = torch.zeros(sum(weight.numel() for weight in weights), dtype=weights[0].dtype, device=weights[0].device)
-        updates = [part.view_as(weight) for part, weight in zip(flat.split([w.numel() for w in weights]), weights, strict=True)]
+        updates = [
+            part.view_as(weight) for part, weight in zip(flat.split([w.numel() for w in weights]), weights, strict=True)
+        ]
         for weight, update, owner in zip(weights, updates, owners, strict=True):
             assert weight.grad is not None
             buffer = self.state[weight]["momentum_buffer"]

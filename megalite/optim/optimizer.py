@@ -15,7 +15,7 @@ ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
 
 class DecoupledSGD(torch.optim.SGD):
-    """SGD with momentum whose decay shrinks the weights directly (Loshchilov & Hutter 2019), not through the gradient."""
+    """SGD with momentum; decay shrinks the weights directly (Loshchilov & Hutter 2019), not by the gradient."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -39,7 +39,7 @@ class Rule:
 
 
 def rule_for(role: Role, optim: OptimConfig) -> Rule:
-    """Matrices decay and may take Muon; embeddings, positions and head may have their own rate; norms and biases never decay."""
+    """Matrices decay and may take Muon; embeddings and head may have a rate of their own; norms never decay."""
     embedding_like = role in ("embedding", "head", "position")
     decays = role == "matrix" or (embedding_like and optim.decay_embeddings)
     muon = optim.name == "muon" and role == "matrix"
@@ -76,7 +76,7 @@ class Optimizer:
         optim = self.config
         groups = [{"params": weights, "peak_lr": rule.lr}]
         if rule.muon:
-            return Muon(groups, rule.lr, optim.momentum, rule.weight_decay, self.comm, REPLICATED_OVER)  # type: ignore[arg-type]
+            return Muon(groups, rule.lr, optim.momentum, rule.weight_decay, self.comm, REPLICATED_OVER)
         if optim.name == "sgd":
             return DecoupledSGD(groups, rule.lr, optim.momentum, weight_decay=rule.weight_decay)
         betas = (optim.beta1, optim.beta2)

@@ -19,7 +19,7 @@ BLOCK_ROWS = 1024
 
 @dataclass(frozen=True)
 class Declaration:
-    """`shape`: logical (unsharded). `std`: normal initial values; 0 with `constant` fills. `shard`: mesh axis -> dim."""
+    """`shape`: logical (unsharded). `std`: of normal initial values; 0: `constant`. `shard`: mesh axis -> dim."""
 
     shape: tuple[int, ...]
     role: Role
@@ -38,7 +38,7 @@ def declare(
 
 
 def declaration(parameter: nn.Parameter) -> Declaration:
-    return parameter.declaration  # type: ignore[attr-defined,no-any-return]
+    return parameter.declaration  # type: ignore[attr-defined]
 
 
 def declared_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Declaration]]:

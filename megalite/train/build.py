@@ -28,7 +28,9 @@ def settle_process(config: Config, world: World) -> list[str]:
     if world.device.type == "cpu":
         torch.set_num_threads(threads)
         if config.train.threads == 0:
-            lines.append(f"{threads} threads: {os.cpu_count()} cores over {world.local_size} local processes (train.threads)")
+            lines.append(
+                f"{threads} threads: {os.cpu_count()} cores over {world.local_size} local processes (train.threads)"
+            )
         lines.append(tune_allocator())
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)

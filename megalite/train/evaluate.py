@@ -11,7 +11,7 @@ from megalite.parallel.data import REPLICATED_OVER
 
 
 class Evaluation(NamedTuple):
-    """`loss`: nats a token. `bits_per_byte`: the same text measured per UTF-8 byte (None: the tokenizer has no bytes)."""
+    """`loss`: nats a token. `bits_per_byte`: the same per UTF-8 byte of text (None: the tokenizer has no bytes)."""
 
     name: str
     loss: float

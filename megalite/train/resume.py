@@ -70,7 +70,9 @@ def choose_checkpoint(trainer: "Trainer") -> dict[str, Any] | None:
         ("train.global_batch", counters["config"]["train"]["global_batch"], config.train.global_batch),
     ):
         if saved != now:
-            raise UserError(f"{name}: {now}, but {path} was trained with {saved}; set {name}={saved} or another run.name")
+            raise UserError(
+                f"{name}: {now}, but {path} was trained with {saved}; set {name}={saved} or another run.name"
+            )
     if counters["step"] > config.train.steps:
         raise UserError(f"train.steps: {config.train.steps}, but {path} already has {counters['step']} steps")
     return {"path": str(path), "counters": {key: counters[key] for key in ("step", "skipped_in_a_row")}}

@@ -30,7 +30,7 @@ def open_run_folder(config: Config) -> IO[str]:
     path = run_path(config)
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = open(path / "lock", "w")
+        lock = open(path / "lock", "w")  # noqa: SIM115 (held while the run lives)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if config.checkpoint.resume == "none" and (path / "metrics.jsonl").exists():
             raise UserError(f"run.dir: {path} already holds a run and checkpoint.resume=none; choose another run.name")

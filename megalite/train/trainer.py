@@ -1,7 +1,7 @@
 """The trainer: `train_step` is the whole mathematics of a step; all that only watches is a callback.
 
-    for metrics in Trainer(load_config("experiment=quickstart")):
-        ...
+for metrics in Trainer(load_config("experiment=quickstart")):
+    ...
 """
 
 import math
@@ -165,7 +165,7 @@ class Trainer:
             self.event("resume", path=self.facts.get("resumed_from"))
 
     def _dry_run(self) -> float:
-        """A throw-away microbatch, twice: memory and shape errors come before step 1. Returns predicted seconds a step."""
+        """A throw-away microbatch, twice: memory and shape errors come now. Returns predicted seconds a step."""
         batch = self._microbatches(1)[0]
         seconds = 0.0
         for _ in range(2):

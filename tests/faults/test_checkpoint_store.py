@@ -26,7 +26,9 @@ CRASHED = 77
 def tensors(step: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     names = ("model.a", "model.b", "optim.a.exp_avg")
-    return {name: torch.randn(33, 7, generator=generator) for name in names} | {"optim.a.step": torch.tensor(float(step))}
+    return {name: torch.randn(33, 7, generator=generator) for name in names} | {
+        "optim.a.step": torch.tensor(float(step))
+    }
 
 
 def save(folder: Path, step: int, keep: int = 2) -> Path:

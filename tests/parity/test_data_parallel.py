@@ -1,6 +1,6 @@
 """Data parallelism against one process, in float64: loss, every gradient, the global norm, weights after SGD and AdamW.
 
-Ranks see unequal numbers of valid tokens, one microbatch has none at all: only normalisation by the global count is right.
+Ranks see unequal numbers of valid tokens, one microbatch none at all: only the global count normalises rightly.
 """
 
 import pytest

@@ -15,6 +15,7 @@ from megalite.errors import RunError, UserError
 from megalite.train.callback import StepMetrics
 from tests.tiny_job import tiny_job
 
+
 def trainer(folder: Path, *words: str) -> Trainer:
     return Trainer(load_config(*tiny_job("precision=fp64", f"run.dir={folder}", *words)))
 
@@ -54,7 +55,7 @@ def test_non_finite_steps_are_skipped_said_and_limited(tmp_path: Path) -> None:
     made.model.loss = lambda *a, **k: type(out := loss(*a, **k))(out.nll_sum * float("nan"), out.z_sum)  # type: ignore[assignment]
     assert (first.skipped, next(steps).skipped, next(steps).skipped) == (False, True, True)
     assert all(torch.equal(weights[name], value) for name, value in made.optimizer.state_tensors().items())
-    with pytest.raises(RunError, match="train.nonfinite_limit: 3 steps"):
+    with pytest.raises(RunError, match=r"train\.nonfinite_limit: 3 steps"):
         next(steps)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["kind"] == "skip"] == [2, 3, 4]

@@ -13,7 +13,7 @@ from megalite.checkpoint.huggingface.families import SPECIAL_TOKENS
 from megalite.checkpoint.huggingface.names import IGNORED, PREFIXES, Rule, rules_for
 from megalite.checkpoint.huggingface.read import read_config
 from megalite.checkpoint.huggingface.write import write_config
-from megalite.checkpoint.stored_model import StoredModel, parameter_shapes
+from megalite.checkpoint.stored_model import StoredModel, parameter_shapes, refuse_impossible
 from megalite.checkpoint.tensor_folder import SHARD_BYTES, TensorFolder, new_folder, read_json, safe_file, write_tensors
 from megalite.errors import UserError
 
@@ -38,8 +38,7 @@ def open_huggingface(folder: Path) -> StoredModel:
     config = read_config(document, str(folder / "config.json"))
     assert config.vocab is not None and config.max_positions is not None
     stored = TensorFolder(folder)
-    if config.layers > len(stored):
-        raise UserError(f"{folder}: has {len(stored)} tensors for {config.layers} layers; fetch the folder again")
+    refuse_impossible(config, config.vocab, config.max_positions, len(stored), folder / "config.json")
     shapes = parameter_shapes(config, config.vocab, config.max_positions)
     rules = rules_for(config.family, config.layers, shapes)
     _check(folder, rules, shapes, stored, PREFIXES[config.family])

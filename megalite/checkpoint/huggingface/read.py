@@ -25,12 +25,11 @@ def read_config(document: dict[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where}: model_type={document.get('model_type')} is not supported; supported: {known}")
     values = {key: value for key, value in (FAMILIES[name].defaults | document).items() if value is not None}
     try:
-        config = _read_gpt2(values, where) if name == "gpt2" else _read_llama_like(name, values, where)
+        return _read_gpt2(values, where) if name == "gpt2" else _read_llama_like(name, values, where)
     except KeyError as error:
         raise UserError(f"{where}: has no {error}; fetch the file again") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError):
         raise UserError(f"{where}: a value has the wrong type or size; fetch the file again") from None
-    return _check_sizes(config, where)
 
 
 def _read_gpt2(values: dict[str, Any], where: str) -> ModelConfig:
@@ -102,16 +101,6 @@ def _activation(stated: object, spellings: Mapping[str, tuple[str, ...]], where:
         if stated in theirs:
             return ours
     raise UserError(f"{where}: activation {stated} is not supported in this family")
-
-
-def _check_sizes(config: ModelConfig, where: str) -> ModelConfig:
-    """Refuses sizes that no model has, before anything is built from them."""
-    sizes = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "max_positions", "window")
-    for name in sizes:
-        size = getattr(config, name)
-        if size is not None and not 1 <= size < 1 << 31:
-            raise UserError(f"{where}: makes model.{name}={size}, which no model has; fetch the file again")
-    return config
 
 
 def _read_window(name: str, values: dict[str, Any], where: str) -> tuple[int | None, int]:
