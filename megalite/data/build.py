@@ -25,6 +25,7 @@ from megalite.errors import RunError, UserError
 from megalite.progress import Progress
 
 _BATCH = 1 << 20  # characters
+_ALONE = 1 << 24  # bytes of input below which starting workers takes longer than it saves
 _worker: list[Tokenizer] = []  # the tokenizer of a worker process, set once when it starts
 
 
@@ -90,7 +91,7 @@ def _tokenized(
     reader: Reader, tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[list[Piece], list[np.ndarray], int]]:
     """(pieces, ids of each, position in the input after them), in order."""
-    if workers == 1 or reader.total < _BATCH:
+    if workers == 1 or reader.total < _ALONE:
         for batch in _batches(reader):
             yield batch, tokenizer.encode_batch([piece.text for piece in batch]), reader.position
         return

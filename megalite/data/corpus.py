@@ -25,7 +25,7 @@ class Corpus:
     train: list[str]
     validation: list[str]
     notes: list[str]  # for people: sizes, licence, everything that was left out
-    digest: str  # of every name and byte that was read
+    digest: str  # of every document and its part
 
 
 def embedded_corpus(validation_share: float = 0.05, max_bytes: int = 0, folder: Path | None = None) -> Corpus:
@@ -36,11 +36,9 @@ def embedded_corpus(validation_share: float = 0.05, max_bytes: int = 0, folder: 
     bytes. `max_bytes` cuts the training part (0: all of it).
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
-    digest, documents, undecodable, empty = hashlib.sha256(), list[str](), list[str](), 0
+    documents, undecodable, empty = list[str](), list[str](), 0
     for name in _source_files(folder):
         content = (folder / name).read_bytes()
-        digest.update(f"{name}\0{len(content)}\0".encode())
-        digest.update(content)
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError:
@@ -65,7 +63,7 @@ def embedded_corpus(validation_share: float = 0.05, max_bytes: int = 0, folder: 
         f"corpus: {_described(train)} to train, {_described(validation)} to validate",
         f"{left_out}; tests and installed packages are no part of it",
     ]
-    return Corpus(train, validation, notes, digest.hexdigest())
+    return Corpus(train, validation, notes, _digest(train, validation))
 
 
 def _source_files(folder: Path) -> list[str]:
@@ -102,6 +100,16 @@ def _first_bytes(documents: list[str], limit: int) -> list[str]:
         if limit <= 0:
             break
     return [text for text in kept if text]
+
+
+def _digest(*parts: list[str]) -> str:
+    digest = hashlib.sha256()
+    for number, part in enumerate(parts):
+        for text in part:
+            content = text.encode()
+            digest.update(f"{number} {len(content)} ".encode())
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def _described(documents: list[str]) -> str:

@@ -92,7 +92,7 @@ def _tokenized(data: DataConfig, corpus: Corpus, tokenizer: Tokenizer | None) ->
     from tokenizers import __version__ as version
 
     how = tokenizer.fingerprint if tokenizer else f"bpe {data.vocab} by tokenizers {version}"
-    settings = json.dumps([corpus.digest, _split(data.split), data.max_bytes, how])
+    settings = json.dumps([corpus.digest, how])
 
     def build(folder: Path) -> None:
         chosen = tokenizer or _trained(corpus.train, data.vocab)

@@ -139,6 +139,7 @@ def test_build(tmp_path, workers, monkeypatch):
     from megalite.data import build
 
     monkeypatch.setattr(build, "_BATCH", 300)  # so that workers share the little text there is
+    monkeypatch.setattr(build, "_ALONE", 0)
     texts = DOCUMENTS * 7
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = train_bpe(DOCUMENTS, 300)
