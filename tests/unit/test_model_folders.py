@@ -127,11 +127,11 @@ def test_what_does_not_fit_is_named(source: Path) -> None:
         ({"hidden_act": "relu"}, "activation relu is not supported"),
         ({"hidden_size": "wide"}, "a value has the wrong type"),
         ({"hidden_size": None}, "has no 'hidden_size'"),
-        ({"num_attention_heads": 3}, "model.kv_heads=2: does not divide model.heads=3"),
+        ({"num_attention_heads": 3}, "model.kv_heads=2: does not divide model.heads 3"),
         ({"num_attention_heads": 0}, "wrong type or size"),
-        ({"num_hidden_layers": 10**9}, "tensors for 1000000000 layers"),
-        ({"num_hidden_layers": 10**99}, "which no model has"),
-        ({"num_hidden_layers": -1}, "makes model.layers=-1"),
+        ({"num_hidden_layers": 10**9}, "model.layers=1000000000: the folder has 21 tensors"),
+        ({"vocab_size": 10**15}, "more parameters than any model has"),
+        ({"num_hidden_layers": -1}, "model.layers=-1: too small"),
     ],
 )
 def test_configs_that_cannot_be_read(source: Path, change: dict[str, Any], line: str) -> None:
@@ -159,7 +159,7 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     (tmp_path / "config.json").write_text(json.dumps(write_config(TINY, 32, 16)))
     assert "pickles, which can run code" in error_line(tmp_path)
-    assert "holds neither model.yaml nor config.json" in error_line(tmp_path / "absent")
+    assert "no model, Hugging Face folder, run or checkpoint" in error_line(tmp_path / "absent")
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
