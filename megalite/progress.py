@@ -75,7 +75,7 @@ class Progress:
             self._console.print(f"{self.description}: {quantity(self.done, self.unit)} in {seconds}", markup=False)
 
     def status(self) -> str:
-        """For example `3.4 MB of 11.2 MB (31%), 1.2 MB/s, 0:06 left`."""
+        """For example `3.40 MB of 11.2 MB (30%), 1.25 MB/s, 0:06 left`."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = self.done / seconds
         speed = f"{quantity(rate, self.unit or '1')}/s"
@@ -83,7 +83,8 @@ class Progress:
             return f"{quantity(self.done, self.unit)}, {speed}"
         share = min(self.done / self.total, 1.0)
         left = f", {duration((self.total - self.done) / rate)} left" if rate > 0 else ""
-        return f"{quantity(self.done, self.unit)} of {quantity(self.total, self.unit)} ({share:.0%}), {speed}{left}"
+        done = quantity(self.done, self.unit if self.unit == "B" else "")
+        return f"{done} of {quantity(self.total, self.unit)} ({share:.0%}), {speed}{left}"
 
     def _draw(self) -> None:
         if self._bar is None:

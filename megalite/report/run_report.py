@@ -48,7 +48,9 @@ def render(run: RunFolder) -> str:
         tiles(_headlines(run)),
         section("Validation bits per byte", _baseline_block(run)),
         f'<h2>Curves</h2><div class="grid2">{curves}</div>' if curves else "",
-        section("Sampled text", f"<pre>{html.escape(run.sample)}</pre>" if run.sample else ""),
+        section(
+            "Sampled text", f'<div class="scroll"><pre>{html.escape(run.sample)}</pre></div>' if run.sample else ""
+        ),
         section("The run", table(_facts(run.environment))),
         section("Events", _events(run.events)),
         section("Configuration", _details("config.yaml", run.config_text)),

@@ -37,8 +37,9 @@ def stream(
 ) -> Iterator[int]:
     """Yield the new tokens one by one; ends before `stop` (a token id such as end-of-document).
 
-    `vocab`: only ids below it are drawn (a model may have more rows than its tokenizer has tokens). `temperature` 0 takes the likeliest token always. `top_k` 0 and `top_p` 1 leave all tokens in. Past the model's
-    `max_positions` the older half of the context is forgotten and the rest computed anew.
+    `temperature` 0 takes the likeliest token always. `top_k` 0 and `top_p` 1 leave all tokens in. `vocab`: only ids
+    below it are drawn (a model may have more rows than its tokenizer has tokens). Past the model's `max_positions` the
+    older half of the context is forgotten and the rest computed anew.
     """
     if not tokens:
         raise ValueError("no tokens to continue; start with the end-of-document token")

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from megalite.config.schema import Config
+from megalite.config.schema import Config, ModelConfig
+from megalite.data.tokenizer import ByteTokenizer
 from megalite.errors import UserError
+from megalite.model.transformer import Transformer
+from megalite.parallel.parameter import materialize
 from megalite.train.callback import Callback, StepMetrics
 from megalite.train.header import header
 from megalite.train.observers import make_observers
@@ -323,3 +326,37 @@ def test_an_interrupted_run_gets_a_report_without_sample(tmp_path: Path) -> None
     files.on_end(trainer)
     ReportWriter().on_end(trainer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]
+
+
+def finished_trainer(folder: Path, raw_bytes: Any) -> FakeTrainer:
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(layers=1, hidden=16, heads=2, ffn=16), 257, 32)
+    materialize(model, torch.device("cpu"), seed=0, dtype=torch.float32)
+    data = SimpleNamespace(tokenizer=ByteTokenizer(), raw_bytes=raw_bytes)
+    trainer = FakeTrainer(folder, step=1000, model=model, data=data)
+    trainer.config.log.sample, trainer.config.log.baselines = "def ", True
+    (folder / "metrics.jsonl").write_text("")
+    return trainer
+
+
+def test_a_finished_run_leaves_sample_and_baselines(tmp_path: Path) -> None:
+    trainer = finished_trainer(tmp_path, lambda split: b"def f(x):\n    return x\n" * 100)
+    ReportWriter().on_end(trainer)
+    assert (tmp_path / "sample.txt").read_text().startswith("def ")
+    assert json.loads((tmp_path / "baselines.json").read_text())["train_bytes"] == 2300
+    assert "Kneser-Ney" in (tmp_path / "report.html").read_text()
+    assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.tmp"))
+
+
+def test_text_that_cannot_be_had_back_costs_no_report(tmp_path: Path) -> None:
+    def refuse(split: str) -> bytes:
+        raise UserError("data.tokenizer: it changes the text")
+
+    trainer = finished_trainer(tmp_path, refuse)
+    ReportWriter().on_end(trainer)
+    assert trainer.events == [{"kind": "warning", "message": "data.tokenizer: it changes the text"}]
+    assert (tmp_path / "report.html").exists()
+    assert not (tmp_path / "baselines.json").exists()
+    trainer = finished_trainer(tmp_path, lambda split: b"short")
+    ReportWriter().on_end(trainer)
+    assert "too little text" in trainer.events[0]["message"]

@@ -27,7 +27,7 @@ class ProgressLine(Callback):
         self._drawn = self._began = 0.0
 
     def on_start(self, trainer: TrainerView) -> None:
-        self._began = time.monotonic()
+        self._began = 0.0
         self._say(header(trainer.facts))
         if self.mode == "bar":
             self._live = Live(console=self.console, auto_refresh=False, transient=False)
@@ -61,8 +61,10 @@ class ProgressLine(Callback):
 
     def _seconds_left(self, trainer: TrainerView, metrics: StepMetrics) -> float:
         """From the mean step of this process so far, so that evaluations and saves count in."""
+        now = time.monotonic()
+        self._began = self._began or now - metrics.step_s
         done = metrics.step - trainer.start_step
-        return (time.monotonic() - self._began) / max(done, 1) * (trainer.config.train.steps - metrics.step)
+        return (now - self._began) / max(done, 1) * (trainer.config.train.steps - metrics.step)
 
     def _say(self, text: str) -> None:
         if self.mode != "none" and text:
