@@ -54,7 +54,7 @@ class Check:
 
 def run_checks() -> Iterator[Check]:
     """Every check, as soon as it is done; about ten seconds in all."""
-    for check in (python, packages, devices, compiler, memory, cache, jit_locks, optional_packages, peaks, processes):
+    for check in (python, packages, devices, compiler, kernels, memory, cache, jit_locks, optional_packages, peaks, processes):
         yield from check()
 
 
@@ -109,6 +109,15 @@ def compiler() -> Iterator[Check]:
     else:
         cure = "install g++ (Debian: apt install g++)"
         yield Check("compiler", "warn", "no C++ compiler: no fused CPU kernels, no train.compile", cure)
+
+
+def kernels() -> Iterator[Check]:
+    """Which implementation of each op would run here; the CPU kernels are compiled now if they never were."""
+    if _torch() is None:
+        return
+    from megalite_kernels import explain
+
+    yield from (Check("kernels", "ok", line) for line in explain())
 
 
 def memory() -> Iterator[Check]:
