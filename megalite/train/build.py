@@ -104,7 +104,7 @@ def run_facts(
         "data": ", ".join(config.data.blend) or config.data.path,
         "tokenizer": config.data.tokenizer,
         "vocab": model.vocab,
-        "backends": explain(),
+        "backends": explain(world.device, precision.compute, config.train.compile),
         "peak_flops": measured_matmul_peak(world.device, precision.compute, threads),
         "flops_per_token": flops_per_token(config.model, model.vocab, sequence),
         "predicted_memory_gb": predicted_memory(

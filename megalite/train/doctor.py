@@ -54,7 +54,8 @@ class Check:
 
 def run_checks() -> Iterator[Check]:
     """Every check, as soon as it is done; about ten seconds in all."""
-    for check in (python, packages, devices, compiler, kernels, memory, cache, jit_locks, optional_packages, peaks, processes):
+    machine = (python, packages, devices, compiler, kernels, memory, cache, jit_locks)
+    for check in (*machine, optional_packages, peaks, processes):
         yield from check()
 
 
