@@ -42,12 +42,10 @@ def attention(
         raise ValueError(f"attention: documents need as many queries as keys, not {queries} and {keys}")
     plain = window is None and softcap is None and documents is None
     if q_BSHD.device.type == "cuda" and q_BSHD.dtype != torch.float64 and plain and (queries == keys or not causal):
-        heads_first = (x.transpose(1, 2) for x in (q_BSHD, k_BTKD, v_BTKD))
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=scale, enable_gqa=True)
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BTKD, v_BTKD))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
-    low, high = torch.ops.megalite.visible_spans(
-        q_BSHD, keys, causal, -1 if window is None else window, documents
-    )
+    low, high = torch.ops.megalite.visible_spans(q_BSHD, keys, causal, -1 if window is None else window, documents)
     result: Tensor = torch.ops.megalite.attention(q_BSHD, k_BTKD, v_BTKD, low, high, scale, softcap or 0.0)[0]
     return result
 
@@ -87,7 +85,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, S, H, D], log-sum-exp [B, H, S]); softcap 0: none. A query that sees nothing gives 0 and 0."""
     if _compiled(q):
-        return native.attention_forward(*(x.contiguous() for x in (q, k, v)), low_BS, high_BS, scale, softcap)
+        return native.attention_forward(q.contiguous(), k.contiguous(), v.contiguous(), low_BS, high_BS, scale, softcap)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q)
     for rows, cols in _blocks(q, k, low_BS, high_BS):
         scores, _ = _scores(q, k, rows, cols, low_BS, high_BS, scale, softcap)
@@ -193,9 +191,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, low_BS, high_BS, out, lse = ctx.saved_tensors
-    grads = torch.ops.megalite.attention_backward(
-        q, k, v, out, lse, grad_out, low_BS, high_BS, ctx.scale, ctx.softcap
-    )
+    grads = torch.ops.megalite.attention_backward(q, k, v, out, lse, grad_out, low_BS, high_BS, ctx.scale, ctx.softcap)
     return *grads, None, None, None, None
 
 

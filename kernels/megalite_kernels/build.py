@@ -37,7 +37,7 @@ class Library:
 @functools.cache
 def library() -> Library:
     """The CPU kernels of this process; compiled at the first call on a machine (a few seconds)."""
-    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         return Library(None, f"no C compiler ({', '.join(COMPILERS)}) on the PATH")
     folder = Path(__file__).parent / "native"
@@ -70,7 +70,8 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(line for line in dict.fromkeys(lines) if line.startswith(("model", "flags", "Features", "CPU part")))
+    decisive = ("model", "flags", "Features", "CPU part")
+    return "\n".join(line for line in dict.fromkeys(lines) if line.startswith(decisive))
 
 
 def _digest(folder: Path, version: str, openmp: Path | None) -> str:

@@ -20,12 +20,12 @@ def bf16_matmul_hardware() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def compiled_kernels() -> bool:
     return library().functions is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def emulate_bf16_on_cpu() -> bool:
     """True when bf16 products on the CPU are to be made in fp32 and rounded once."""
     return bf16_matmul_hardware() is None

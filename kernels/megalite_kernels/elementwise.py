@@ -108,4 +108,5 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        return native.rope(grad_y.contiguous(), *ctx.saved_tensors, back=True), None, None
+        cos_NR, sin_NR = ctx.saved_tensors
+        return native.rope(grad_y.contiguous(), cos_NR, sin_NR, back=True), None, None

@@ -110,6 +110,33 @@ def _(
     return nll_sum, z_sum, grad_hidden, grad_weight
 
 
+@torch.library.custom_op("megalite::linear_cross_entropy_backward", mutates_args=())
+def chunked_backward(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_hidden: Tensor, grad_weight: Tensor,
+    grad_nll: Tensor, grad_z: Tensor, z_weight: float, softcap: float, ignore_index: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients made going forward, scaled; made anew when the upstream pair is not in the promised proportion."""
+    # Equal up to rounding: the caller's own product with z_loss may round differently from this one.
+    if torch.allclose(grad_z, grad_nll * z_weight, rtol=4 * torch.finfo(grad_z.dtype).eps, atol=0.0, equal_nan=True):
+        factor = grad_nll
+    else:
+        factor = torch.ones_like(grad_nll)
+        wanted = (bool(grad_hidden.shape[0]), bool(grad_weight.shape[0]))
+        upstream = (float(grad_nll), float(grad_z))
+        _, _, grad_hidden, grad_weight = chunked(
+            hidden_ND, weight_VD, targets_N, *upstream, softcap, ignore_index, *wanted
+        )
+    return (grad_hidden * factor).to(hidden_ND.dtype), (grad_weight * factor).to(weight_VD.dtype)
+
+
+@chunked_backward.register_fake
+def _(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_hidden: Tensor, grad_weight: Tensor,
+    grad_nll: Tensor, grad_z: Tensor, z_weight: float, softcap: float, ignore_index: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return grad_hidden.to(hidden_ND.dtype, copy=True), grad_weight.to(weight_VD.dtype, copy=True)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_ND, weight_VD, targets_N, _, ctx.z_weight, ctx.softcap, ctx.ignore_index, ctx.hidden, ctx.weight = inputs
     ctx.save_for_backward(hidden_ND, weight_VD, targets_N, *output[2:])
@@ -117,23 +144,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, grad_nll: Tensor | None, grad_z: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    hidden_ND, weight_VD, targets_N, grad_hidden, grad_weight = ctx.saved_tensors
-    zero = torch.zeros((), dtype=grad_hidden.dtype, device=hidden_ND.device)
-    grad_nll, grad_z = (zero if grad is None else grad for grad in (grad_nll, grad_z))
-    # Equal up to rounding: the caller's own product with z_loss may round differently from this one.
-    if torch.allclose(grad_z, grad_nll * ctx.z_weight, rtol=4 * torch.finfo(zero.dtype).eps, atol=0.0):
-        factor = grad_nll
-    else:
-        factor = zero + 1.0
-        _, _, grad_hidden, grad_weight = torch.ops.megalite.linear_cross_entropy(
-            hidden_ND, weight_VD, targets_N, float(grad_nll), float(grad_z), ctx.softcap, ctx.ignore_index,
-            ctx.hidden, ctx.weight,
-        )  # fmt: skip
-    grads = (
-        (grad_hidden * factor).to(hidden_ND.dtype) if ctx.hidden else None,
-        (grad_weight * factor).to(weight_VD.dtype) if ctx.weight else None,
-    )
-    return *grads, None, None, None, None, None, None, None
+    zero = ctx.saved_tensors[-1].new_zeros(())
+    upstream = [zero if grad is None else grad for grad in (grad_nll, grad_z)]
+    constants = (ctx.z_weight, ctx.softcap, ctx.ignore_index)
+    grads = torch.ops.megalite.linear_cross_entropy_backward(*ctx.saved_tensors, *upstream, *constants)
+    return grads[0] if ctx.hidden else None, grads[1] if ctx.weight else None, *([None] * 7)
 
 
 chunked.register_autograd(_differentiate, setup_context=_save)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from megalite_kernels.build import library
 
@@ -16,20 +17,31 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [(name, c_long) for name in ("batch", "queries", "keys", "heads", "key_heads", "dim")] + [
+    _fields_ = (
+        ("batch", c_long),
+        ("queries", c_long),
+        ("keys", c_long),
+        ("heads", c_long),
+        ("key_heads", c_long),
+        ("dim", c_long),
         ("scale", c_float),
         ("softcap", c_float),
         ("bf16", c_int),
         ("low", c_void_p),
         ("high", c_void_p),
-    ]
+    )
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """True when the compiled kernels exist and take these tensors: on the CPU, all float32 or all bf16, not empty."""
+    """True when the compiled kernels exist and take these tensors: in CPU memory, all float32 or all bf16, not empty.
+
+    Subclasses (fake tensors, DTensor) have no memory of their own to point at.
+    """
     given = [tensor for tensor in tensors if tensor is not None]
     return (
-        all(x.device.type == "cpu" and x.dtype in DTYPES and x.dtype == given[0].dtype and x.numel() > 0 for x in given)
+        all(type(x) in (Tensor, Parameter) and x.device.type == "cpu" and x.numel() > 0 for x in given)
+        and given[0].dtype in DTYPES
+        and all(x.dtype == given[0].dtype for x in given)
         and library().functions is not None
     )
 
@@ -103,7 +115,7 @@ def rope(x_BSHD: Tensor, cos_NR: Tensor, sin_NR: Tensor, back: bool) -> Tensor:
 def cross_entropy(
     logits_NV: Tensor, targets_N: Tensor, ignore_index: int, softcap: float | None, z_weight: float, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """(nll, lse) a row, 0 where ignored. With `gradient` the float32 logits are overwritten by d(nll + z_weight·lse²)."""
+    """(nll, lse) a row, 0 where ignored. With `gradient` the float32 logits become d(nll + z_weight·lse²)."""
     rows, width = logits_NV.shape
     nll, lse = torch.empty(rows), torch.empty(rows)
     _call(

@@ -1,0 +1,20 @@
+"""The machines that the CPU ops must serve: with a compiler and without, with bf16 hardware and without."""
+
+from collections.abc import Iterator
+
+import pytest
+from megalite_kernels import build, capability
+
+
+@pytest.fixture(params=["compiled", "no compiler", "bf16 hardware"])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each implementation in turn; "bf16 hardware" claims an instruction set, so bf16 goes to PyTorch's product."""
+    if request.param == "no compiler":
+        monkeypatch.setattr(build, "COMPILERS", ())
+    elif build.library().functions is None:
+        pytest.skip(build.library().reason)
+    hardware = "avx512_bf16" if request.param == "bf16 hardware" else None
+    monkeypatch.setattr(capability, "bf16_matmul_hardware", lambda: hardware)
+    build.library.cache_clear()
+    yield request.param
+    build.library.cache_clear()

@@ -1,0 +1,88 @@
+"""Building the CPU kernels: many processes at once, a changed source, a missing or broken compiler; and the header."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import megalite_kernels as kernels
+import pytest
+import torch
+from megalite_kernels import build
+
+LOAD = "from megalite_kernels import build; import sys; sys.exit(build.library().functions is None)"
+
+
+@pytest.fixture(autouse=True)
+def needs_compiler() -> None:
+    if build.library().functions is None:
+        pytest.skip(build.library().reason)
+
+
+def test_processes_building_at_once(tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    jobs = [subprocess.Popen([sys.executable, "-c", LOAD], env=environment) for _ in range(2)]
+    assert [job.wait(timeout=240) for job in jobs] == [0, 0]
+    built = list((tmp_path / ".cache" / "megalite").iterdir())
+    assert [path.suffix for path in built] == [".so"], "one library, no half-made ones"
+
+
+def test_a_changed_source_builds_anew(tmp_path: Path) -> None:
+    folder = Path(build.__file__).parent / "native"
+    for name in build.SOURCES + build.HEADERS:
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    before = build._digest(tmp_path, "gcc", None)
+    assert before == build._digest(folder, "gcc", None)
+    (tmp_path / "rows.c").write_text("// changed")
+    assert len({before, build._digest(tmp_path, "gcc", None), build._digest(folder, "gcc 2", None)}) == 3
+
+
+def test_a_broken_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "gcc"
+    broken.write_text("#!/bin/sh\ncase $1 in --version) echo broken;; *) echo no space left >&2; exit 1;; esac\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    build.library.cache_clear()
+    try:
+        lines = kernels.explain()
+        assert any("no space left" in line for line in lines), lines
+        torch.testing.assert_close(kernels.swiglu(torch.ones(2), torch.ones(2)), torch.full((2,), 0.731058598))
+    finally:
+        build.library.cache_clear()
+
+
+def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "COMPILERS", ())
+    build.library.cache_clear()
+    try:
+        assert "no C compiler" in kernels.explain()[0]
+    finally:
+        build.library.cache_clear()
+
+
+def test_explain_names_every_choice() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        text = "\n".join(kernels.explain("cpu", dtype))
+        assert all(op in text for op in ("attention", "linear", "cross-entropy", "rms_norm"))
+    assert "float64" in kernels.explain(dtype=torch.float64)[0]
+    assert "torch.compile" in kernels.explain(compiled=True)[-1]
+
+
+def test_freed_memory_stays_in_the_process() -> None:
+    """In a process of its own: a large block's pages are still there when it is asked for again."""
+    code = """if True:
+        import ctypes, resource, megalite_kernels
+        said, libc, size = megalite_kernels.tune_allocator(), ctypes.CDLL(None), 1 << 26
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        libc.free.argtypes = [ctypes.c_void_p]
+        def use():
+            block = libc.malloc(size)
+            ctypes.memset(block, 1, size)
+            libc.free(block)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        before = use()
+        assert "unchanged" in said or use() - before < 100, said
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
