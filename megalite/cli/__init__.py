@@ -90,5 +90,5 @@ def _unknown_verb(verb: str) -> list[str]:
 
 def _fail(verb: str, lines: Sequence[str], code: int) -> int:
     for line in lines:
-        print(f"megalite {verb}: {line}" if verb else f"megalite: {line}", file=sys.stderr)
+        print(f"megalite {verb}:" if verb else "megalite:", " ".join(line.split()), file=sys.stderr)
     return code

@@ -104,11 +104,11 @@ def layout_fills_the_world(job: Job) -> Iterator[str]:
     parallel, world = job.config.parallel, job.world_size
     if parallel.dp == 0 or parallel.dp < -1:
         yield f"parallel.dp={parallel.dp}: counts ranks; at least 1, or -1 for what the other axes leave"
-    elif world is not None and (job.dp * job.inner != world):
-        legal = f"parallel.dp={world // job.inner}" if world % job.inner == 0 else f"{around(world, job.inner)} ranks"
+    elif world is not None and job.dp * job.inner != world:
+        legal = f"parallel.dp={world // job.inner} or -1" if world % job.inner == 0 else "fewer"
         yield (
             f"parallel.dp={parallel.dp}: dp {job.dp} x pp {parallel.pp} x cp {parallel.cp} x tp {parallel.tp} is "
-            f"{job.dp * job.inner} ranks, but this job has {world}; set {legal} or -1, or start"
+            f"{job.dp * job.inner} ranks, but this job has {world}; set {legal}, or start"
             f" torchrun --nproc-per-node {job.dp * job.inner}"
         )
 
@@ -245,8 +245,8 @@ def optimizer_shares(job: Job) -> Iterator[str]:
 def data_shares(job: Job) -> Iterator[str]:
     data = job.config.data
     shares = split_shares(data.split)
-    if shares is None or not 1 <= len(shares) <= 2 or min(shares) < 0 or shares[0] == 0 or sum(shares) > 1 + 1e-9:
-        yield f"data.split={data.split}: expects training and validation shares, together at most 1, such as 0.95,0.05"
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or shares[0] == 0:
+        yield f"data.split={data.split}: expects shares of training and validation, at least 0, such as 0.95,0.05"
     for prefix, weight in data.blend.items():
         if not (math.isfinite(weight) and weight > 0):
             yield f"data.blend.{prefix}={weight}: a weight is a number above 0; leave the entry out to drop it"
@@ -261,13 +261,13 @@ def run_is_nameable(job: Job) -> Iterator[str]:
         yield f"train.profile_step={train.profile_step}: the run has {train.steps} steps (train.steps); at most that"
 
 
-def split_shares(text: str) -> list[float] | None:
-    """The numbers of data.split; None when they are none."""
+def split_shares(text: str) -> list[float]:
+    """The numbers of data.split; none when one of them is no finite number."""
     try:
         shares = [float(word) for word in text.split(",")]
     except ValueError:
-        return None
-    return shares if all(map(math.isfinite, shares)) else None
+        return []
+    return shares if all(map(math.isfinite, shares)) else []
 
 
 def derived(config: Config, world_size: int | None = None) -> dict[str, Any]:

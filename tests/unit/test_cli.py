@@ -4,7 +4,6 @@ import errno
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +29,11 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         "heavy = {'torch', 'hydra', 'numpy', 'transformers', 'pyarrow', 'tokenizers'} & set(sys.modules);"
         "sys.exit(f'loaded {heavy}' if heavy else code)"
     )
-    started = time.perf_counter()
+    before = os.times()
     answer = python(code, "--help")
-    assert time.perf_counter() - started < 1.0
+    after = os.times()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    assert spent < 1.0, "seconds of processor time, so that a busy machine does not fail this"
     assert (answer.returncode, answer.stderr) == (0, "")
     assert all(f"  {verb} " in answer.stdout for verb in VERBS)
 

@@ -67,7 +67,7 @@ def test_the_default_configuration_is_valid() -> None:
         ({"optim__beta2": 1.0}, None, ["optim.beta2=1.0", "below 1"]),
         ({"optim__name": "adam"}, None, ["optim.name=adam", "nearest: adamw", "legal: adamw, muon, sgd"]),
         ({"optim__lr": -1.0}, None, ["optim.lr=-1.0: too small; at least 0"]),
-        ({"data__split": "0.9,0.2"}, None, ["data.split=0.9,0.2", "0.95,0.05"]),
+        ({"data__split": "0.9,-0.2"}, None, ["data.split=0.9,-0.2", "0.95,0.05"]),
         ({"data__split": "most"}, None, ["data.split=most"]),
         ({"data__split": "0,1"}, None, ["data.split=0,1"]),
         ({"data__split": "nan,0.1"}, None, ["data.split=nan"]),
