@@ -4,8 +4,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from megalite.cli import main
+
+# The same examples every time, and no limit on seconds: a busy machine must not fail a test.
+settings.register_profile("house", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")
 
 
 class Answer(NamedTuple):
