@@ -189,10 +189,10 @@ def peaks() -> Iterator[Check]:
     if torch is None:
         return
     from megalite.precision import choose_precision
-    from megalite.train.peak import measured_matmul_peak
+    from megalite.train.peak import matmul_rate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    speeds = {name: measured_matmul_peak(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    speeds = {name: matmul_rate(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
     rates = ", ".join(f"{name} {speed / 1e12:.3g} TFLOP/s" for name, speed in speeds.items())
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     chosen = choose_precision("auto", device).name

@@ -96,3 +96,10 @@ def test_peak_is_quick_and_plausible() -> None:
     peak = measured_matmul_peak(torch.device("cpu"), torch.float32, threads=1)
     assert 1e8 < peak < 1e13
     assert torch.get_num_threads() == threads
+
+
+def test_peak_of_bf16_is_not_below_the_fp32_that_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {torch.bfloat16: 1e9, torch.float32: 6e10}
+    monkeypatch.setattr("megalite.train.peak.matmul_rate", lambda device, dtype, threads: rates[dtype])
+    assert measured_matmul_peak(torch.device("cpu"), torch.bfloat16) == 6e10
+    assert measured_matmul_peak(torch.device("cuda"), torch.bfloat16) == 1e9
