@@ -25,7 +25,7 @@ from megalite.errors import RunError, UserError
 from megalite.progress import Progress
 
 _BATCH = 1 << 20  # characters
-_ALONE = 1 << 24  # bytes of input below which starting workers takes longer than it saves
+_ALONE = 1 << 23  # bytes of input below which starting workers takes longer than it saves
 _worker: list[Tokenizer] = []  # the tokenizer of a worker process, set once when it starts
 
 

@@ -79,7 +79,7 @@ def open_parts(data: DataConfig) -> Opened:
 def cache_folder(data: DataConfig, prefix: str) -> Path:
     if data.cache:
         return Path(data.cache).expanduser()
-    return Path.home() / ".cache" / "megalite" if prefix == EMBEDDED else Path(f"{prefix}.cache")
+    return Path.home() / ".cache" / "megalite" / "data" if prefix == EMBEDDED else Path(f"{prefix}.cache")
 
 
 def _whole(name: str, prefix: str | Path, cache: Path) -> Part:
