@@ -16,7 +16,8 @@ from tests.tiny_job import tiny_job
 def start(run_dir: Path, *words: str, torchrun: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", *torchrun] if torchrun else []
     command = [sys.executable, *launcher, "-m", "megalite", "train", *tiny_job(f"run.dir={run_dir}", *words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
