@@ -120,16 +120,16 @@ def test_missing_files(tmp_path: Path) -> None:
 
 
 def test_origins_and_derived_values() -> None:
-    text, problems = explained(["experiment=quickstart", "train.seed=9", "model.head_dim=null"], None, "train", 2)
+    text, problems = explained(["experiment=llama3_8b", "train.seed=9", "model.head_dim=null"], None, "train", 2)
     assert problems == []
     lines = {line.split(":")[0].strip(): line for line in text.splitlines()}
     assert lines["seed"].endswith("# command line")
-    assert lines["steps"].endswith("# configs/experiment/quickstart.yaml")
+    assert lines["steps"].endswith("# configs/experiment/llama3_8b.yaml")
     assert lines["beta2"].endswith("# configs/optim/adamw.yaml")
     assert lines["zero"].endswith("# schema default")
     assert lines["dp"].endswith("# schema default; derived: 2")
     assert "command line; derived: " in lines["head_dim"]
-    assert "derived: runs/quickstart" in lines["dir"]
+    assert "derived: runs/llama3_8b" in lines["dir"]
 
 
 def test_violations_do_not_hide_the_configuration() -> None:

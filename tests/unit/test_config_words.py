@@ -107,8 +107,8 @@ def test_numbers_convert_as_a_person_means_them() -> None:
 
 
 def test_signs_before_known_words_change_nothing() -> None:
-    assert load_config("+train.steps=5", "++optim.lr=1", "+experiment=quickstart") == load_config(
-        "train.steps=5", "optim.lr=1", "experiment=quickstart"
+    assert load_config("+train.seed=5", "++optim.lr=1", "+experiment=quickstart") == load_config(
+        "train.seed=5", "optim.lr=1", "experiment=quickstart"
     )
 
 
