@@ -54,7 +54,6 @@ class DataConfig:
         choices=("cross", "documents"),
     )
     cache: str | None = key(None, "Folder for tokenized corpora and index maps; null: beside the dataset, or ~/.cache/megalite.")
-    workers: int = key(0, "Processes that tokenize in `data build`; 0: one a core.", minimum=0)
     max_bytes: int = key(0, "Use only the first bytes of the embedded corpus's training part (tests); 0: all.", minimum=0)
 
 

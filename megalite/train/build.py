@@ -103,6 +103,7 @@ def run_facts(
         "steps": train.steps,
         "data": ", ".join(config.data.blend) or config.data.path,
         "tokenizer": config.data.tokenizer,
+        "data_notes": data.notes,
         "vocab": model.vocab,
         "backends": explain(world.device, precision.compute, config.train.compile),
         "peak_flops": measured_matmul_peak(world.device, precision.compute, threads),

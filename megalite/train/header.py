@@ -3,8 +3,8 @@
 `facts` is the trainer's dictionary of that name (also stored in environment.json); missing facts are left out.
 
 Keys read here: model, family, parameters, embedding_parameters, layers, hidden, layout, world_size, device, threads,
-precision, micro_batch, accumulation, global_batch, sequence_length, steps, data, tokenizer, vocab, backends (list of
-lines), set_by_engine (list of lines), peak_flops (FLOP/s of one rank), flops_per_token, predicted_memory_gb,
+precision, micro_batch, accumulation, global_batch, sequence_length, steps, data, tokenizer, vocab, data_notes (lines),
+backends (lines), set_by_engine (lines), peak_flops (FLOP/s of one rank), flops_per_token, predicted_memory_gb,
 predicted_step_s, run_dir, resumed_from.
 """
 
