@@ -78,7 +78,7 @@ class Engine:
 
     def __enter__(self) -> "Engine":
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        self.log = open(Path(self.folder.name) / "log", "w+")  # noqa: SIM115
+        self.log = open(Path(self.folder.name) / "log", "w+")
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = str(probe.getsockname()[1])
@@ -202,9 +202,10 @@ def groups(options: Options) -> Iterator[list[Result]]:
 
 def show(results: list[Result], flops_per_token: int, peak: float) -> None:
     print(f"\n{results[0].precision}, {results[0].layout}; matmul peak {peak / 1e9:.0f} GFLOP/s", flush=True)
-    print(
-        f"{'':28}{'tokens/s':>9} {'range':>13} {'ours/theirs':>12} {'range':>11} {'tok/cpu-s':>10} {'MB':>6} {'of peak':>8}"
+    heads = (
+        f"{'tokens/s':>9} {'range':>13} {'ours/theirs':>12} {'range':>11} {'tok/cpu-s':>10} {'MB':>6} {'of peak':>8}"
     )
+    print(" " * 28 + heads)
     for r in results:
         if r.failure or not r.tokens_per_s:
             print(f"{r.engine:28}{r.failure[:100] or 'no turn'}")

@@ -1,6 +1,6 @@
 """One step of the same 18.9M-parameter Llama (configs/model/s19.yaml) by megalite and by each peer.
 
-A builder takes a `Job` and returns step(tokens_BS) -> loss: forward, backward, clip at 1.0, AdamW(0.9, 0.95, decay 0.1).
+A builder takes a `Job` and returns step(tokens_BS) -> loss: forward, backward, clip at 1.0, AdamW.
 tokens_BS is int64 [micro_batch, SEQUENCE + 1]. Imports stand inside the builders: most peers live elsewhere.
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from peers.engines import ENGINES, MICRO_BATCH, SEQUENCE, VOCAB, Job
 
 
