@@ -14,8 +14,8 @@ from megalite_kernels import native
 from megalite_kernels.capability import compiled_kernels, emulate_bf16_on_cpu
 from megalite_kernels.reference import IGNORE_INDEX, accumulation_dtype
 
-CHUNK_LOGITS = 1 << 22
-"""Logits of a chunk (16 MiB in float32): large enough for the product to run at full speed, small enough for caches."""
+CHUNK_LOGITS = 1 << 21
+"""Logits of a chunk (8 MiB in float32): large enough for the product to run at full speed, small enough for caches."""
 
 
 def linear_cross_entropy(
