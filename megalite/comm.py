@@ -1,9 +1,11 @@
 """The one door for communication: every collective of the engine goes through here, over mesh axes by name.
 
 So each call can be counted, timed, faked or checked in one place: attach a recorder and read the stream of `Call`s.
+torch's distributed checkpoint, a library, has small ones of its own while it plans who writes what.
 """
 
 import json
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ import torch.distributed as dist
 
 from megalite.errors import RunError, UserError
 from megalite.mesh import AXES, Mesh
+from megalite.world import wait_for_rank_zero
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Communicator:
     def __init__(self, mesh: Mesh, record: Callable[[Call], None] | None = None) -> None:
         self.mesh = mesh
         self.record = record
+        self._waits = 0
 
     def _enter(self, op: str, axes: tuple[str, ...], tensor: torch.Tensor) -> dist.ProcessGroup | None:
         group = self.mesh.group(*axes)
@@ -60,7 +64,7 @@ class Communicator:
         self.all_reduce(torch.zeros(1), *AXES)
 
     def broadcast_json(self, value: Any) -> Any:
-        """Rank 0's value on every rank. JSON, not pickle: nothing a peer sends can run code."""
+        """Rank 0's value on every rank; as JSON, which cannot carry code as a pickle can."""
         if self.mesh.world_size == 1:
             return value
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -71,14 +75,36 @@ class Communicator:
         self.broadcast(payload, *AXES)
         return json.loads(payload.numpy().tobytes())
 
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank; as JSON."""
+        if self.mesh.world_size == 1:
+            return [value]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = torch.zeros(self.mesh.world_size, dtype=torch.int64)
+        lengths[self.mesh.rank] = payload.numel()
+        self.all_reduce(lengths, *AXES)
+        padded = torch.zeros(self.mesh.world_size, int(lengths.max()), dtype=torch.uint8)
+        padded[self.mesh.rank, : payload.numel()] = payload
+        self.all_reduce(padded, *AXES)
+        return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(padded, lengths.tolist(), strict=True)]
+
     def on_rank_zero(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0 and hand its (JSON) result to all; its UserError is raised on every rank."""
+        """Run `work` on rank 0 and hand its (JSON) result to all; its failure is raised on every rank.
+
+        The others wait at the store, not inside a collective: such work (building data) may outlast a group's timeout.
+        """
         outcome: dict[str, Any] = {}
+        self._waits += 1
         if self.mesh.rank == 0:
             try:
                 outcome = {"result": work()}
             except UserError as error:
                 outcome = {"error": list(error.lines), "code": error.exit_code}
+            except Exception as error:
+                traceback.print_exc()
+                outcome = {"error": [f"rank 0 failed: {type(error).__name__}: {error}"], "code": RunError.exit_code}
+        if self.mesh.world_size > 1:
+            wait_for_rank_zero(f"work{self._waits}", self.mesh.rank)
         outcome = self.broadcast_json(outcome)
         if "error" in outcome:
             kind = RunError if outcome["code"] == RunError.exit_code else UserError

@@ -3,6 +3,7 @@
 import datetime
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,17 @@ def world_from_environment() -> World:
     return World(rank, size, local_rank, local_size, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity (taskset, Slurm) and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
+        pass
+    return cores
+
+
 def join(world: World, timeout_s: float = 600.0) -> None:
     """Start the default process group (gloo on CPU, NCCL beside it on CUDA). A world of one starts none.
 
@@ -53,6 +65,15 @@ def join(world: World, timeout_s: float = 600.0) -> None:
     store = dist.PrefixStore(f"attempt{world.attempt}", store)
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def wait_for_rank_zero(name: str, rank: int, days: float = 7.0) -> None:
+    """Rank 0 marks `name` as done, the others wait for the mark; a launcher that loses rank 0 ends them."""
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        store.set(name, "done")
+    else:
+        store.wait([name], datetime.timedelta(days=days))
 
 
 def leave() -> None:

@@ -61,8 +61,46 @@ class CheckpointStore:
             dcp.save_tensors(part, tensors, self.comm.mesh.group(*AXES))
         except OSError as error:
             failure = str(error.strerror)
-        self.comm.on_rank_zero(lambda: self._commit(part, final, trainer, failure))
+        reports = self.comm.gather_json({"failure": failure, "files": {} if failure else self._digests(part)})
+        self.comm.on_rank_zero(lambda: self._commit(part, final, trainer, reports))
         return final
+
+    def _digests(self, part: Path) -> dict[str, Any]:
+        """Size and digest of this rank's share of the tensor files: hashing terabytes is shared out over the ranks."""
+        names = sorted(path.name for path in part.iterdir())[self.comm.mesh.rank :: self.comm.mesh.world_size]
+        return {name: describe_file(part / name) for name in names}
+
+    def verify(self, checkpoint: Path) -> dict[str, Any]:
+        """Check every file against the manifest, each rank its share; returns trainer.json. UserError on every rank."""
+        trainer = self.comm.on_rank_zero(lambda: read_trainer(checkpoint))
+        try:
+            check_files(checkpoint, listed_files(checkpoint), self.comm.mesh.rank, self.comm.mesh.world_size)
+            problem = ""
+        except UserError as error:
+            problem = str(error)
+        problems = [found for found in self.comm.gather_json(problem) if found]
+        if problems:
+            failure = UserError(problems[0])
+            failure.on_every_rank = True
+            raise failure
+        return dict(trainer)
+
+    def set_aside_after(self, step: int) -> list[str]:
+        """Rename the checkpoints newer than `step`: training goes back there, and they belong to another course."""
+
+        def rename() -> list[str]:
+            moved = []
+            for path in complete_steps(self.folder):
+                if int(path.name.removeprefix("step_")) > step:
+                    target = path.with_name(f"{path.name}.abandoned")
+                    shutil.rmtree(target, ignore_errors=True)
+                    os.rename(path, target)
+                    moved.append(target.name)
+            if moved:
+                sync_folder(self.folder)
+            return moved
+
+        return list(self.comm.on_rank_zero(rename))
 
     def _start(self, part: Path) -> None:
         try:
@@ -74,30 +112,40 @@ class CheckpointStore:
                 f"{part}: cannot write the checkpoint ({error.strerror}); free space or change run.dir"
             ) from error
 
-    def _commit(self, part: Path, final: Path, trainer: dict[str, Any], failure: str) -> None:
+    def _commit(self, part: Path, final: Path, trainer: dict[str, Any], reports: list[dict[str, Any]]) -> None:
+        files: dict[str, Any] = {}
         try:
-            if failure:
-                raise OSError(0, failure)
+            for report in reports:
+                if report["failure"]:
+                    raise OSError(0, report["failure"])
+                files |= report["files"]
             write_json(part / "trainer.json", trainer)
-            files = {f.name: {"bytes": f.stat().st_size, "sha256": digest(f)} for f in sorted(part.iterdir())}
-            write_json(part / MANIFEST, {"format": "megalite-checkpoint", "version": 1, "files": files})
+            files["trainer.json"] = describe_file(part / "trainer.json")
+            manifest = {"format": "megalite-checkpoint", "version": 1, "files": dict(sorted(files.items()))}
+            write_json(part / MANIFEST, manifest)
             sync_folder(part)
             if final.exists():
-                shutil.rmtree(final)
+                discard(final)
             os.rename(part, final)
             sync_folder(self.folder)
+            self._prune(final)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
             raise RunError(f"{final}: checkpoint not saved ({error.strerror}); free space or change run.dir") from error
-        self._prune()
 
-    def _prune(self) -> None:
-        """Drop all but the newest `keep`; each is renamed first, so that a half-deleted one never looks complete."""
+    def _prune(self, newest: Path) -> None:
+        """Drop all but the newest `keep`, never the one just written."""
         for old in complete_steps(self.folder)[: -self.keep] if self.keep else []:
-            doomed = old.with_name(old.name + ".part")
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.rename(old, doomed)
-            shutil.rmtree(doomed)
+            if old != newest:
+                discard(old)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint; it is renamed first, so that a half-deleted one never looks complete."""
+    doomed = folder.with_name(f"{folder.name}.old.part")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def complete_steps(folder: Path) -> list[Path]:
@@ -108,21 +156,40 @@ def complete_steps(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """Check every file against the manifest and return `trainer.json`; UserError names the first damaged file."""
+def describe_file(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+
+def listed_files(checkpoint: Path) -> dict[str, Any]:
+    """The manifest's files. UserError when there is no readable manifest."""
     try:
-        listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        for name, entry in listed.items():
-            path = checkpoint / name
-            if Path(name).name != name or path.is_symlink() or not path.is_file():
-                raise UserError(
-                    f"{path}: missing from the checkpoint; delete {checkpoint.name} to go on from an older one"
-                )
-            if path.stat().st_size != entry["bytes"] or digest(path) != entry["sha256"]:
-                raise UserError(
-                    f"{path}: damaged (digest differs); delete {checkpoint.name} to go on from an older one"
-                )
-        trainer: dict[str, Any] = json.loads((checkpoint / "trainer.json").read_text())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        assert all({"bytes", "sha256"} <= entry.keys() for entry in files.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"{checkpoint}: not a complete checkpoint ({error}); use another one") from error
+    return files
+
+
+def check_files(checkpoint: Path, files: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
+    """Compare sizes and digests of this rank's share of `files`; UserError names the first damaged one."""
+    for name in sorted(files)[rank::ranks]:
+        path = checkpoint / name
+        if Path(name).name != name or path.is_symlink() or not path.is_file():
+            raise UserError(f"{path}: missing from the checkpoint; delete {checkpoint.name} to go on from an older one")
+        if describe_file(path) != {key: files[name][key] for key in ("bytes", "sha256")}:
+            raise UserError(f"{path}: damaged (digest differs); delete {checkpoint.name} to go on from an older one")
+
+
+def read_trainer(checkpoint: Path) -> dict[str, Any]:
+    """The counters in trainer.json."""
+    if "trainer.json" not in listed_files(checkpoint):
+        raise UserError(f"{checkpoint}: not a complete checkpoint (trainer.json is not listed); use another one")
+    check_files(checkpoint, {"trainer.json": listed_files(checkpoint)["trainer.json"]})
+    trainer: dict[str, Any] = json.loads((checkpoint / "trainer.json").read_text())
     return trainer
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """Check every file against the manifest in this process and return trainer.json; UserError names a damaged file."""
+    check_files(checkpoint, listed_files(checkpoint))
+    return read_trainer(checkpoint)

@@ -1,6 +1,5 @@
 """Assembling a run: process settings, mesh, data, model. Everything the trainer holds is made here, in this order."""
 
-import os
 from typing import Any
 
 import torch
@@ -18,19 +17,18 @@ from megalite.parallel.parameter import materialize
 from megalite.precision import Precision
 from megalite.train.memory import predicted_memory
 from megalite.train.peak import measured_matmul_peak
-from megalite.world import World
+from megalite.world import World, usable_cores
 
 
 def settle_process(config: Config, world: World) -> list[str]:
     """Threads, determinism and the allocator of this process; returns a line for each thing set without being asked."""
     lines = []
-    threads = config.train.threads or max(1, (os.cpu_count() or 1) // world.local_size)
+    cores = usable_cores()
+    threads = config.train.threads or max(1, cores // world.local_size)
     if world.device.type == "cpu":
         torch.set_num_threads(threads)
         if config.train.threads == 0:
-            lines.append(
-                f"{threads} threads: {os.cpu_count()} cores over {world.local_size} local processes (train.threads)"
-            )
+            lines.append(f"{threads} threads: {cores} cores over {world.local_size} local processes (train.threads)")
         lines.append(tune_allocator())
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -54,15 +52,17 @@ def make_data(config: Config, comm: Communicator) -> DataBundle:
     """Rank 0 builds what is not cached, then every rank opens it."""
     samples = config.train.steps * config.train.global_batch
     made: list[DataBundle] = []
-    comm.on_rank_zero(lambda: made.append(prepare_data(config, samples)))
-    data = made[0] if made else prepare_data(config, samples)
-    vocab = config.model.vocab
-    if vocab is not None and vocab < data.tokenizer.vocab:
-        raise UserError(
-            f"model.vocab: {vocab} is smaller than the tokenizer's {data.tokenizer.vocab};"
-            f" set model.vocab={data.tokenizer.vocab} or null"
-        )
-    return data
+
+    def prepare() -> None:
+        made.append(prepare_data(config, samples))
+        vocab, needed = config.model.vocab, made[0].tokenizer.vocab
+        if vocab is not None and vocab < needed:
+            raise UserError(
+                f"model.vocab: {vocab} is smaller than the tokenizer's {needed}; set model.vocab={needed} or null"
+            )
+
+    comm.on_rank_zero(prepare)
+    return made[0] if made else prepare_data(config, samples)
 
 
 def make_model(config: Config, data: DataBundle, precision: Precision, device: torch.device) -> Transformer:

@@ -27,18 +27,19 @@ def evaluate(
     comm: Communicator,
     micro_batch: int,
     device: torch.device,
-    max_batches: int = 0,
+    max_samples: int = 0,
 ) -> Evaluation:
-    """Loss of `model` on a validation set; `max_batches` global batches at most (0: all of it)."""
+    """Loss of `model` on a validation set, or on its first `max_samples` sequences, whatever the layout."""
     ranks, rank = comm.mesh.size(*REPLICATED_OVER), comm.mesh.index(*REPLICATED_OVER)
     stride = micro_batch * ranks
-    end = min(validation.n_samples, max_batches * stride) if max_batches else validation.n_samples
+    end = min(validation.n_samples, max_samples or validation.n_samples)
     totals = torch.zeros(3, dtype=torch.float64)
     for start in range(rank * micro_batch, end, stride):
         batch = validation.batch(range(start, min(start + micro_batch, end))).to(device)
         losses = model.loss(batch.tokens, batch.targets, batch.documents)  # type: ignore[operator]
         targets = batch.targets[batch.targets >= 0].cpu()
-        totals += torch.tensor([losses.nll_sum.item(), targets.numel(), token_bytes[targets].sum().item()])
+        counts = [losses.nll_sum.item(), targets.numel(), token_bytes[targets].sum().item()]
+        totals += torch.tensor(counts, dtype=torch.float64)
     comm.all_reduce(totals, *REPLICATED_OVER)
     nll, tokens, text_bytes = totals.tolist()
     bits_per_byte = nll / math.log(2) / text_bytes if text_bytes else None

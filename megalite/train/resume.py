@@ -1,27 +1,54 @@
 """What a checkpoint holds beyond weights and moments, and how a run takes it up again: bit for bit where it stopped."""
 
+import dataclasses
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megalite.checkpoint.dcp import load_tensors, read_metadata
-from megalite.checkpoint.store import complete_steps, verify
+from megalite.checkpoint.store import complete_steps, read_trainer
 from megalite.config.load import as_values
+from megalite.config.schema import Config
+from megalite.config.tree import leaves, value_at
 from megalite.errors import UserError
 from megalite.mesh import AXES
 
 if TYPE_CHECKING:
     from megalite.train.trainer import Trainer
 
+PROBES = 8
+"""Samples, spread over those already trained on, whose digests a checkpoint keeps: a changed order is noticed."""
+MAY_CHANGE = ("run.", "log.", "checkpoint.", "parallel.", "train.threads", "train.dry_run", "train.profile_step")
+"""Keys that change nothing of what is computed, so nothing is said of them."""
+LABELS = ("model.name", "model.family")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """`path`: the checkpoint loaded. `branch`: the checkpoint.resume path this course began at, if it began at one."""
+
+    path: str
+    branch: str | None
+    changed: list[str]
+    set_aside: list[str]
+
+    def record(self) -> dict[str, Any]:
+        """The event's content, without what is empty."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value}
+
 
 def training_state(trainer: "Trainer") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors (weights, moments, every rank's random state) and counters of this instant."""
     tensors = trainer.optimizer.state_tensors()
     tensors[f"rng.{trainer.mesh.rank}"] = torch.get_rng_state()
+    samples = trainer.step * trainer.config.train.global_batch
     counters = {
         "step": trainer.step,
-        "samples": trainer.step * trainer.config.train.global_batch,
+        "samples": samples,
+        "order": order_digest(trainer, samples),
+        "branch": trainer.resumed.branch if trainer.resumed else None,
         "seed": trainer.config.train.seed,
         "skipped_in_a_row": trainer.skipped_in_a_row,
         "layout": trainer.mesh.sizes,
@@ -32,12 +59,24 @@ def training_state(trainer: "Trainer") -> tuple[dict[str, torch.Tensor], dict[st
     return tensors, counters
 
 
-def resume(trainer: "Trainer") -> Path | None:
-    """Load the checkpoint that checkpoint.resume names into `trainer`; its folder, or None for a fresh start."""
+def order_digest(trainer: "Trainer", samples: int) -> str:
+    """Digest of a few of the first `samples` samples: equal while the same text comes in the same order."""
+    chosen = sorted({index * (samples - 1) // max(1, PROBES - 1) for index in range(PROBES)}) if samples else []
+    digest = 0
+    for number in chosen:
+        batch = trainer.data.train.batch([number])
+        digest = zlib.crc32(batch.targets.numpy().tobytes(), zlib.crc32(batch.tokens.numpy().tobytes(), digest))
+    return f"{digest:08x}"
+
+
+def resume(trainer: "Trainer") -> Resumed | None:
+    """Load the checkpoint that checkpoint.resume names into `trainer`; None for a fresh start."""
     chosen = trainer.comm.on_rank_zero(lambda: choose_checkpoint(trainer))
     if chosen is None:
         return None
-    path, counters = Path(chosen["path"]), chosen["counters"]
+    path, branch = Path(chosen["path"]), chosen["branch"]
+    counters = trainer.store.verify(path)
+    trainer.comm.on_rank_zero(lambda: check_continuity(trainer, path, counters, chosen["at_branch"]))
     tensors = trainer.optimizer.state_tensors()
     random_state = f"rng.{trainer.mesh.rank}"
     if random_state in read_metadata(path).state_dict_metadata:
@@ -47,32 +86,62 @@ def resume(trainer: "Trainer") -> Path | None:
         torch.set_rng_state(tensors.pop(random_state))
     trainer.optimizer.load_state_tensors(tensors)
     trainer.step, trainer.skipped_in_a_row = counters["step"], counters["skipped_in_a_row"]
-    return path
+    set_aside = trainer.store.set_aside_after(trainer.step) if chosen["at_branch"] else []
+    return Resumed(str(path), branch, changes(trainer.config, counters["config"]), set_aside)
 
 
 def choose_checkpoint(trainer: "Trainer") -> dict[str, Any] | None:
-    """The checkpoint to resume from, verified, with its counters; None for a fresh start. Run by rank 0."""
-    wanted, config = trainer.config.checkpoint.resume, trainer.config
-    if wanted == "none":
-        return None
-    if wanted == "auto":
-        found = complete_steps(trainer.store.folder)
-        if not found:
-            return None
-        path = found[-1]
-    else:
-        path = Path(wanted)
-        if not path.is_dir():
-            raise UserError(f"checkpoint.resume: no folder {path}; give auto, none or the path of a step_… folder")
-    counters = verify(path)
-    for name, saved, now in (
-        ("train.seed", counters["seed"], config.train.seed),
-        ("train.global_batch", counters["config"]["train"]["global_batch"], config.train.global_batch),
-    ):
-        if saved != now:
+    """The checkpoint to resume from; None for a fresh start. Run by rank 0.
+
+    A path is a place to branch off, once: when the run's newest checkpoint already descends from it, the job was only
+    started again (by its launcher, or by hand with the same words) and goes on with that one.
+    """
+    wanted = trainer.config.checkpoint.resume
+    own = complete_steps(trainer.store.folder)
+    newest = {"path": str(own[-1]), "branch": read_trainer(own[-1])["branch"], "at_branch": False} if own else None
+    if wanted in ("auto", "none"):
+        return newest
+    path = Path(wanted)
+    if not path.is_dir():
+        raise UserError(f"checkpoint.resume: no folder {path}; give auto, none or the path of a step_… folder")
+    branch = str(path.resolve())
+    if newest is not None and newest["branch"] == branch:
+        return newest
+    return {"path": str(path), "branch": branch, "at_branch": True}
+
+
+def check_continuity(trainer: "Trainer", path: Path, counters: dict[str, Any], at_branch: bool) -> None:
+    """UserError when going on from `path` with this configuration would not be the same training."""
+    config, saved = trainer.config, counters["config"]
+    for key in ("train.seed", "train.global_batch", "optim.name"):
+        before, now = at(saved, key), value_at(config, key)
+        if before != now:
             raise UserError(
-                f"{name}: {now}, but {path} was trained with {saved}; set {name}={saved} or another run.name"
+                f"{key}: {now}, but {path} was trained with {before}; set {key}={before} or another run.name"
             )
+    for key in leaves(Config):
+        before, now = at(saved, key), value_at(config, key)
+        if key.startswith("model.") and key not in LABELS and before != now:
+            raise UserError(f"{key}: {now}, but {path} is a model with {before}; choose another run.name")
     if counters["step"] > config.train.steps:
         raise UserError(f"train.steps: {config.train.steps}, but {path} already has {counters['step']} steps")
-    return {"path": str(path), "counters": {key: counters[key] for key in ("step", "skipped_in_a_row")}}
+    if not at_branch and order_digest(trainer, counters["samples"]) != counters["order"]:
+        raise UserError(
+            f"data: {path} was trained on other samples, or in another order, than data.* and train.steps give now"
+            " (a changed file or key, or steps that need one more epoch); restore them, or branch off with"
+            f" checkpoint.resume={path}"
+        )
+
+
+def at(values: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key in nested plain values; None where an older version did not have it."""
+    found: Any = values
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
+
+
+def changes(config: Config, saved: dict[str, Any]) -> list[str]:
+    """`key: before -> now` for every key that bears on the computation and differs from the checkpoint's."""
+    pairs = ((key, at(saved, key), value_at(config, key)) for key in leaves(Config) if not key.startswith(MAY_CHANGE))
+    return [f"{key}: {before} -> {now}" for key, before, now in pairs if before != now]

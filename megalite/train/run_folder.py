@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megalite.config.load import config_yaml
 from megalite.config.schema import Config
@@ -22,24 +22,44 @@ def run_path(config: Config) -> Path:
     return Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name
 
 
-def open_run_folder(config: Config) -> IO[str]:
-    """Create the folder, check that it is writable and not in use, write config.yaml. Returns the held lock.
+class RunFolder:
+    """The folder of a run, held by rank 0: made if new, checked to be writable, locked while this object lives.
 
-    UserError when another process trains in it, or when it holds a run and checkpoint.resume=none.
+    UserError when another process trains in it, or when it holds a run and checkpoint.resume=none (but a job that its
+    launcher starts again, `attempt` > 0, goes on with what it made itself).
     """
-    path = run_path(config)
-    try:
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = open(path / "lock", "w")  # noqa: SIM115 (held while the run lives)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if config.checkpoint.resume == "none" and (path / "metrics.jsonl").exists():
-            raise UserError(f"run.dir: {path} already holds a run and checkpoint.resume=none; choose another run.name")
-        write_text(path / "config.yaml", config_yaml(config))
-    except BlockingIOError:
-        raise UserError(f"run.dir: another process trains in {path}; choose another run.name or stop it") from None
-    except OSError as error:
-        raise UserError(f"run.dir: cannot write to {path} ({error.strerror}); choose another run.dir") from error
-    return lock
+
+    def __init__(self, config: Config, attempt: int) -> None:
+        self.path = run_path(config)
+        self.is_new = not self.path.exists()
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / "lock", "w")  # noqa: SIM115 (held while the run lives)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run.dir: another process trains in {self.path}; choose another run.name or stop it"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"run.dir: cannot write to {self.path} ({error.strerror}); choose another run.dir"
+            ) from error
+        if config.checkpoint.resume == "none" and attempt == 0 and (self.path / "metrics.jsonl").exists():
+            raise UserError(
+                f"run.dir: {self.path} already holds a run and checkpoint.resume=none; choose another run.name"
+            )
+
+    def abandon(self) -> None:
+        """The start failed: a folder that did not exist before is removed again."""
+        self._lock.close()
+        if self.is_new:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def record(self, config: Config, facts: dict[str, Any], start_step: int) -> None:
+        """Write what is about to run: config.yaml and environment.json."""
+        write_text(self.path / "config.yaml", config_yaml(config))
+        content = environment(facts, start_step)
+        write_text(self.path / "environment.json", json.dumps(content, indent=1, default=str))
 
 
 def check_free_space(path: Path, checkpoint_bytes: int) -> None:
@@ -84,7 +104,3 @@ def git_revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def write_environment(path: Path, facts: dict[str, Any], start_step: int) -> None:
-    write_text(path / "environment.json", json.dumps(environment(facts, start_step), indent=1, default=str))

@@ -26,4 +26,7 @@ def evaluate_run(run_dir: Path, name: str = "", batches: int = 0) -> list[Evalua
     data = make_data(config, comm)
     token_bytes = torch.as_tensor(data.token_bytes)
     where = (comm, config.train.micro_batch, world.device)
-    return [evaluate(model, validation, token_bytes, *where, batches) for validation in data.validation]
+    return [
+        evaluate(model, validation, token_bytes, *where, batches * config.train.global_batch)
+        for validation in data.validation
+    ]

@@ -8,6 +8,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megalite.train.evaluate import Evaluation, evaluate
 from megalite.train.interrupt import StopRequest
 from megalite.train.observers import make_observers
 from megalite.train.resume import resume, training_state
-from megalite.train.run_folder import check_free_space, open_run_folder, run_path, write_environment, write_text
+from megalite.train.run_folder import RunFolder, check_free_space, run_path
 from megalite.world import join, world_from_environment
 
 
@@ -43,9 +44,20 @@ class Trainer:
         join(self.world)
         self.comm = Communicator(self.mesh)
         self.run_dir: Path = run_path(config)
-        held: list[Any] = []
-        self.comm.on_rank_zero(lambda: held.append(open_run_folder(config)))
-        self._lock = held  # keeps the folder locked while this trainer lives
+        folders: list[RunFolder] = []
+        self.comm.on_rank_zero(lambda: folders.append(RunFolder(config, self.world.attempt)))
+        self._folder = folders[0] if folders else None
+        try:
+            self._build()
+            watchers = make_observers(config) if callbacks is None else callbacks
+        except BaseException:
+            if self._folder is not None:
+                self._folder.abandon()
+            raise
+        self.callbacks = [c for c in watchers if c.every_rank or self.mesh.rank == 0]
+
+    def _build(self) -> None:
+        config = self.config
         settled = build.settle_process(config, self.world)
         self.device = self.world.device
         self.precision = choose_precision(config.precision.name, self.device)
@@ -61,15 +73,12 @@ class Trainer:
             self.comm.on_rank_zero(lambda: check_free_space(self.run_dir, state_bytes))
         self.facts = build.run_facts(config, self.world, self.mesh, self.data, self.model, self.precision)
         self.facts.update(run_dir=str(self.run_dir), set_by_engine=settled)
-        self.skipped_in_a_row = 0
-        self.step = 0
-        resumed_from = resume(self)
-        self.start_step = self.step
-        if resumed_from:
-            self.facts["resumed_from"] = str(resumed_from)
+        self.step = self.skipped_in_a_row = 0
         self.stopping = False
-        watchers = make_observers(config) if callbacks is None else callbacks
-        self.callbacks = [c for c in watchers if c.every_rank or self.mesh.rank == 0]
+        self.resumed = resume(self)
+        self.start_step = self.step
+        if self.resumed:
+            self.facts["resumed_from"] = self.resumed.path
 
     def fit(self) -> None:
         """Train to the last step (or until asked to stop)."""
@@ -77,19 +86,15 @@ class Trainer:
             pass
 
     def __iter__(self) -> Iterator[StepMetrics]:
-        with StopRequest() as stop:
-            try:
-                self._begin()
-                while self.step < self.config.train.steps and not self.stopping:
-                    metrics = self._evaluated(self.train_step(stop.asked))
-                    for callback in self.callbacks:
-                        callback.on_step(self, metrics)
-                    if self._checkpoint_due():
-                        self.save()
-                    yield metrics
-            finally:
+        with StopRequest() as stop, ExitStack() as ends:
+            self._begin(ends)
+            while self.step < self.config.train.steps and not self.stopping:
+                metrics = self._evaluated(self.train_step(stop.asked))
                 for callback in self.callbacks:
-                    callback.on_end(self)
+                    callback.on_step(self, metrics)
+                if self._checkpoint_due():
+                    self.save()
+                yield metrics
 
     def train_step(self, asked_to_stop: bool = False) -> StepMetrics:
         """One optimizer step over the global batch: accumulate, reduce, clip, update.
@@ -144,7 +149,8 @@ class Trainer:
         """Loss on every validation set, over all ranks."""
         token_bytes = torch.as_tensor(self.data.token_bytes)
         where = (self.comm, self.config.train.micro_batch, self.device)
-        return [evaluate(self.model, v, token_bytes, *where, max_batches) for v in self.data.validation]
+        samples = max_batches * self.config.train.global_batch
+        return [evaluate(self.model, v, token_bytes, *where, samples) for v in self.data.validation]
 
     def _microbatches(self, step: int) -> list[Any]:
         """This rank's microbatches of `step`. Sample numbers depend on step and layout-free order alone."""
@@ -153,16 +159,23 @@ class Trainer:
         starts = range(first, step * self.config.train.global_batch, micro * ranks)
         return [self.data.train.batch(range(start, start + micro)).to(self.device) for start in starts]
 
-    def _begin(self) -> None:
-        if self.config.train.dry_run and self.step < self.config.train.steps:
+    def _begin(self, ends: ExitStack) -> None:
+        """Dry run, the record of this start, and the observers; `ends` will call each on_end, whatever happens."""
+        finished = self.step >= self.config.train.steps
+        if self.config.train.dry_run and not finished:
             self.facts["predicted_step_s"] = self._dry_run()
-        if self.mesh.rank == 0:
-            write_environment(self.run_dir, self.facts, self.start_step)
-            write_text(self.run_dir / "tokenizer.json", self.data.tokenizer.to_json())
+        if self._folder is not None and not finished:
+            self._folder.record(self.config, self.facts, self.start_step)
+            self.data.tokenizer.save(self.run_dir / "tokenizer.json")
+        for callback in reversed(self.callbacks):
+            ends.callback(callback.on_end, self)
         for callback in self.callbacks:
             callback.on_start(self)
-        if self.start_step:
-            self.event("resume", path=self.facts.get("resumed_from"))
+        if self.resumed:
+            self.event("resume", **self.resumed.record())
+        if finished:
+            message = f"already finished: {self.step} of {self.config.train.steps} steps; raise train.steps to go on"
+            self.event("warning", message=message)
 
     def _dry_run(self) -> float:
         """A throw-away microbatch, twice: memory and shape errors come now. Returns predicted seconds a step."""
@@ -178,8 +191,10 @@ class Trainer:
         return seconds * int(self.facts["accumulation"])
 
     def _evaluated(self, metrics: StepMetrics) -> StepMetrics:
-        """The same metrics with the main validation set's results, on steps that evaluate."""
+        """The same metrics with the first validation set's results, on steps that evaluate; a stop does not wait."""
         train = self.config.train
+        if self.stopping:
+            return metrics
         last = self.step == train.steps and train.final_eval
         if not last and (train.eval_every == 0 or self.step % train.eval_every):
             return metrics

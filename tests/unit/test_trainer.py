@@ -106,8 +106,8 @@ def test_a_used_folder_is_refused_when_asked(tmp_path: Path) -> None:
         (("train.seed=9",), "train.seed: 9, but .* was trained with 1234"),
         (("train.global_batch=4",), "train.global_batch: 4, but"),
         (("train.steps=3",), "train.steps: 3, but .* already has 4"),
-        (("model.hidden=64",), "made by another model"),
-        (("optim=muon",), "made by another model or optimizer"),
+        (("model.hidden=64",), "model.hidden: 64, but .* is a model with 32"),
+        (("optim=muon",), "optim.name: muon, but .* was trained with adamw"),
         (("checkpoint.resume=/nowhere",), "checkpoint.resume: no folder"),
     ],
 )
@@ -120,3 +120,70 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path: Path, words: tuple[str
 def test_metrics_are_a_value(tmp_path: Path) -> None:
     row = train(tmp_path, "train.steps=1")[0]
     assert replace(row, step=2).step == 2 and row.tokens == 8 * 32
+
+
+def test_a_refused_or_finished_start_leaves_the_record_alone(tmp_path: Path) -> None:
+    train(tmp_path)
+    record = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "environment.json", "metrics.jsonl")}
+    with pytest.raises(UserError, match=r"train\.seed"):
+        trainer(tmp_path, "train.seed=9")
+    assert train(tmp_path, "optim.lr=0.05") == [], "finished: nothing to train"
+    assert {name: (tmp_path / name).read_bytes() for name in record} == record
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert any("already finished" in event.get("message", "") for event in events)
+
+
+def test_a_failed_start_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        trainer(tmp_path / "new", "data.path=/nowhere/at/all")
+    assert not (tmp_path / "new").exists()
+
+
+def test_resuming_says_what_changed(tmp_path: Path) -> None:
+    train(tmp_path)
+    assert [row.step for row in train(tmp_path, "train.steps=6", "optim.lr=0.05", "log.every=2")] == [5, 6]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    resumed = next(event for event in events if event["kind"] == "resume")
+    assert resumed["changed"] == ["train.steps: 4 -> 6", "optim.lr: 0.0003 -> 0.05"]
+
+
+def test_changed_data_is_refused_on_resume(tmp_path: Path) -> None:
+    train(tmp_path)
+    for words in (("data.sequence_length=16",), ("data.max_bytes=100000",)):
+        with pytest.raises(UserError, match="other samples, or in another order"):
+            trainer(tmp_path, *words, "train.steps=8")
+
+
+def test_branching_off_keeps_the_new_course(tmp_path: Path) -> None:
+    """Back to step 2: the abandoned course is set aside, restarts go on with the new one, and keep=1 keeps it."""
+    words = ("train.steps=6", "checkpoint.every=1", "checkpoint.keep=0")
+    train(tmp_path, *words)
+    folder = tmp_path / "checkpoints"
+    back = (*words[:2], "checkpoint.keep=1", f"checkpoint.resume={folder / 'step_00000002'}", "optim.lr=0.01")
+    branch = iter(trainer(tmp_path, *back))
+    assert (next(branch).step, next(branch).step) == (3, 4)
+    branch.close()  # type: ignore[attr-defined]
+    assert [path.name for path in complete_steps(folder)] == ["step_00000004"]
+    assert len(list(folder.glob("*.abandoned"))) == 4
+    del branch
+    again = trainer(tmp_path, *back)
+    assert again.start_step == 4, "the same words do not go back twice"
+    assert [row.step for row in again] == [5, 6]
+
+
+def test_restarted_jobs_go_on_whatever_resume_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path)
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert [row.step for row in train(tmp_path, "checkpoint.resume=none", "train.steps=5")] == [5]
+
+
+def test_evaluation_reads_the_same_text_whatever_the_microbatch(tmp_path: Path) -> None:
+    words = ("train.eval_every=2", "train.eval_batches=2")
+    seen = [
+        [row.val_loss for row in train(tmp_path / str(micro), *words, f"train.micro_batch={micro}")]
+        for micro in (1, 4, 8)
+    ]
+    for other in seen[1:]:
+        torch.testing.assert_close([v for v in other if v], [v for v in seen[0] if v], rtol=1e-10, atol=0)
