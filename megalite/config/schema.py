@@ -24,7 +24,7 @@ class RunConfig:
 @dataclass
 class TrainConfig:
     steps: int = key(1000, "Optimizer steps in the whole run.", minimum=1)
-    seed: int = key(1234, "Fixes initial weights and data order, whatever the layout.", minimum=0)
+    seed: int = key(1234, "Fixes initial weights and data order, whatever the layout; below 2**32.", minimum=0)
     micro_batch: int = key(4, "Sequences a rank computes at once.", minimum=1)
     global_batch: int = key(8, "Sequences a step over all ranks; accumulation is derived.", minimum=1)
     deterministic: bool = key(True, "Use only algorithms that give the same bits on every run of the same layout.")
@@ -122,8 +122,8 @@ class OptimConfig:
     beta2: float = key(0.95, "AdamW: decay of the second moment.", minimum=0)
     eps: float = key(1e-8, "AdamW: added to the root of the second moment.", minimum=0)
     momentum: float = key(0.95, "sgd and muon: momentum.", minimum=0)
-    weight_decay: float = key(0.1, "Decoupled decay of matrices; norms, biases and embeddings have none unless set below.", minimum=0)
-    decay_embeddings: bool = key(True, "Weight decay on the embedding and head too.")
+    weight_decay: float = key(0.1, "Decoupled decay: of matrices always; of embedding, head and positions with optim.decay_embeddings; of norms and biases never.", minimum=0)
+    decay_embeddings: bool = key(True, "optim.weight_decay on embedding, head and learned positions too.")
     embedding_lr: float | None = key(None, "Learning rate of embedding and head; null: optim.lr. With muon: of all AdamW parameters.", minimum=0)
     clip: float = key(1.0, "Largest global gradient norm; 0: no clipping.", minimum=0)
 
@@ -166,7 +166,7 @@ class LogConfig:
     tensorboard: bool = key(False, "Write TensorBoard event files.")
     wandb: str = key("disabled", "Weights & Biases; online without a key becomes offline.", choices=("offline", "online", "disabled"))
     report: bool = key(True, "Write report.html at the end.")
-    baselines: bool = key(False, "Compare validation bits per byte with gzip -9 and a Kneser-Ney 5-gram in the report.")
+    baselines: bool = key(False, "Compare bits per byte of the first validation set, evaluated whole, with gzip -9 and a Kneser-Ney 5-gram in the report.")
     sample: str | None = key(None, "Prompt continued at the end of training, shown in the report; null: none.")
     traceback: bool = key(False, "Show Python tracebacks of user errors.")
 

@@ -14,6 +14,8 @@ from megalite.errors import UserError
 
 Rule = Callable[["Job"], Iterator[str]]
 RULES: list[tuple[tuple[str, ...], Rule]] = []
+LARGEST_SEED = 2**32 - 1
+"""Of numpy's legacy generator, which shuffles as Megatron does."""
 
 
 @dataclass(frozen=True)
@@ -221,11 +223,15 @@ def model_options_fit(job: Job) -> Iterator[str]:
 def schedule_fits_the_run(job: Job) -> Iterator[str]:
     optim, steps = job.config.optim, job.config.train.steps
     if optim.warmup_steps > steps:
-        yield f"optim.warmup_steps={optim.warmup_steps}: the run has {steps} steps (train.steps); at most {steps}"
+        yield (
+            f"optim.warmup_steps={optim.warmup_steps}: the run has {steps} steps (train.steps); at most {steps};"
+            f" add for example optim.warmup_steps={steps // 10}"
+        )
     elif optim.schedule == "wsd" and optim.warmup_steps + optim.decay_steps > steps:
+        most = steps - optim.warmup_steps
         yield (
             f"optim.decay_steps={optim.decay_steps}: with optim.warmup_steps {optim.warmup_steps} more than train.steps"
-            f" {steps}; at most {steps - optim.warmup_steps}"
+            f" {steps}; at most {most}; add for example optim.decay_steps={most}"
         )
     if optim.decay_steps and optim.schedule != "wsd":
         yield f"optim.decay_steps={optim.decay_steps}: only optim.schedule=wsd has it (this is {optim.schedule}); set 0"
@@ -259,6 +265,12 @@ def run_is_nameable(job: Job) -> Iterator[str]:
         yield f"run.name={run.name}: names a folder below runs/; letters, digits, - and _ (run.dir sets any folder)"
     if train.profile_step > train.steps:
         yield f"train.profile_step={train.profile_step}: the run has {train.steps} steps (train.steps); at most that"
+
+
+@rule("train.seed")
+def seed_fits_the_shuffle(job: Job) -> Iterator[str]:
+    if job.config.train.seed > LARGEST_SEED:
+        yield f"train.seed={job.config.train.seed}: the data order takes 32 bits of it; at most {LARGEST_SEED}"
 
 
 def split_shares(text: str) -> list[float]:

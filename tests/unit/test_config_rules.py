@@ -56,11 +56,12 @@ def test_the_default_configuration_is_valid() -> None:
         ({"model__window_pattern": 2}, None, ["model.window_pattern=2"]),
         ({"model__norm": "layernorm", "model__norm_zero_centered": True}, None, ["needs model.norm=rmsnorm"]),
         ({"model__logit_softcap": 0.0}, None, ["model.logit_softcap=0.0"]),
-        ({"optim__warmup_steps": 2000}, None, ["optim.warmup_steps=2000", "at most 1000"]),
+        ({"optim__warmup_steps": 2000}, None, ["optim.warmup_steps=2000", "at most 1000", "optim.warmup_steps=100"]),
+        ({"train__steps": 5, "optim__warmup_steps": 20}, None, ["at most 5", "add for example optim.warmup_steps=0"]),
         (
             {"optim__schedule": "wsd", "optim__warmup_steps": 600, "optim__decay_steps": 500},
             None,
-            ["optim.decay_steps=500", "at most 400"],
+            ["optim.decay_steps=500", "at most 400", "add for example optim.decay_steps=400"],
         ),
         ({"optim__decay_steps": 5}, None, ["optim.decay_steps=5", "only optim.schedule=wsd"]),
         ({"optim__min_lr_ratio": 1.5}, None, ["optim.min_lr_ratio=1.5", "between 0 and 1"]),
@@ -75,6 +76,7 @@ def test_the_default_configuration_is_valid() -> None:
         ({"run__name": "../x"}, None, ["run.name=../x"]),
         ({"run__name": ""}, None, ["run.name="]),
         ({"train__profile_step": 1001}, None, ["train.profile_step=1001", "at most that"]),
+        ({"train__seed": 2**32}, None, ["train.seed=4294967296", "at most 4294967295"]),
     ],
 )
 def test_one_violation_one_line(values: dict[str, Any], world: int | None, parts: list[str]) -> None:
