@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
         return 0
     except UserError as error:
-        if "log.traceback=true" in arguments or os.environ.get("HYDRA_FULL_ERROR") == "1":
-            traceback.print_exc()
+        if _traceback_wanted(verb, arguments):
+            traceback.print_exception(error)
         return _fail(verb, error.lines, error.exit_code)
     except BrokenPipeError:  # the reader of our output (head, less) has left; writing on exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,6 +86,26 @@ def _unknown_verb(verb: str) -> list[str]:
     if verb in PROMISED:
         return [f"{verb}: planned, not in this version; it has {', '.join(VERBS)}"]
     return [f"{verb}: unknown verb; nearest: {', '.join(nearest(verb, VERBS))}"]
+
+
+def _traceback_wanted(verb: str, arguments: Sequence[str]) -> bool:
+    """By log.traceback, as a word or in the user's file; where nothing can be composed, only the word is known."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        return True
+    words = [word.partition("=")[2] for word in arguments if word.startswith("log.traceback=")]
+    if words:
+        return words[-1].strip("\"'").lower() in ("true", "yes", "on")
+    if verb not in ("train", "config"):
+        return False
+    from megalite.cli.job import parse_job
+    from megalite.config.compose import compose
+
+    try:
+        job = parse_job(arguments, "")
+        asked = compose(job.overrides, job.config_dir, job.config_name).values["log"]["traceback"]
+    except (UserError, LookupError, TypeError):
+        return False
+    return str(asked).lower() in ("true", "yes", "on")
 
 
 def _fail(verb: str, lines: Sequence[str], code: int) -> int:

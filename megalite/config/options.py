@@ -34,6 +34,8 @@ def parse_options(cls: type[T], arguments: Sequence[str], usage: str, positional
     waiting = list(positional)
     for word in arguments:
         name, equals, text = word.partition("=")
+        if name == "log.traceback":  # of every verb; `megalite.cli.main` reads it
+            continue
         if not equals and waiting:
             name, text = waiting.pop(0), word
         elif not equals:

@@ -106,7 +106,26 @@ def test_a_bug_keeps_its_traceback_and_a_user_error_shows_it_when_asked(
     monkeypatch.setitem(sys.modules, "fake_verb", SimpleNamespace(run=run))  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):
         megalite("fake")
-    assert "Traceback" in megalite("fake", "log.traceback=true").err
+    for word in ("log.traceback=true", "log.traceback=True", "log.traceback=yes", "log.traceback='on'"):
+        assert "Traceback" in megalite("fake", word).err
+    for word in ("log.traceback=false", "log.traceback=maybe", "a=log.traceback=true"):
+        assert "Traceback" not in megalite("fake", word).err
+
+
+def test_a_configuration_file_can_ask_for_tracebacks(megalite: Megalite, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("log: {traceback: yes}\nmodel: {heads: 7}\n")
+    words = ("config", "--config-dir", str(tmp_path), "--config-name", "mine")
+    answer = megalite(*words)
+    assert answer.code == 2
+    assert "Traceback" in answer.err
+    assert "Traceback" not in megalite(*words, "log.traceback=no").err
+    assert "Traceback" not in megalite(*words, "train.stepz=1").err  # nothing could be composed, so nothing asked
+
+
+def test_verbs_with_options_of_their_own_take_log_traceback_too(megalite: Megalite) -> None:
+    answer = megalite("report", "nowhere", "log.traceback=true")
+    assert "Traceback" in answer.err
+    assert answer.err.splitlines()[-1].startswith("megalite report: nowhere: no such run folder")
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
