@@ -102,11 +102,11 @@ def choose_checkpoint(trainer: "Trainer") -> dict[str, Any] | None:
     if wanted in ("auto", "none"):
         return newest
     path = Path(wanted)
-    if not path.is_dir():
-        raise UserError(f"checkpoint.resume: no folder {path}; give auto, none or the path of a step_… folder")
     branch = str(path.resolve())
     if newest is not None and newest["branch"] == branch:
         return newest
+    if not path.is_dir():
+        raise UserError(f"checkpoint.resume: no folder {path}; give auto, none or the path of a step_… folder")
     return {"path": str(path), "branch": branch, "at_branch": True}
 
 
