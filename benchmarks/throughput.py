@@ -10,6 +10,7 @@ the share of this machine's measured matmul rate. "tuned" runs with an allocator
 found, else glibc's variables). An engine that is not installed, fails or takes too long is listed as such.
 """
 
+import contextlib
 import json
 import os
 import selectors
@@ -145,11 +146,18 @@ class Engine:
                     raise RuntimeError(f"no answer in {self.limit} s")
                 read = os.read(descriptor, 1 << 16)
                 if not read:
-                    self.log.seek(0)
-                    last = [line for line in self.log.read().splitlines() if line.strip()][-1:]
-                    raise RuntimeError("".join(last) or "ended without a word")
+                    raise RuntimeError(self._last_words())
                 text += read
         return text.decode()
+
+    def _last_words(self) -> str:
+        """Why the processes ended: their last line of output, written after the pipe to here was closed."""
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+        self.log.seek(0)
+        last = [line for line in self.log.read().splitlines() if line.strip()][-1:]
+        return "".join(last) or f"ended with {[process.poll() for process in self.processes]}"
 
 
 def race(results: list[Result], options: Options) -> None:
