@@ -26,6 +26,14 @@ def data_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.bin")
 
 
+def check_exists(prefix: str | Path, key: str) -> tuple[Path, Path]:
+    """The two files of a pair. Raises UserError, naming the configuration key `key`, when one is missing."""
+    for path in (index_path(prefix), data_path(prefix)):
+        if not path.is_file():
+            raise UserError(f"{key}: {path} does not exist; give the prefix of a .bin/.idx pair (made by `data build`)")
+    return index_path(prefix), data_path(prefix)
+
+
 class IndexedDataset:
     """Memory-mapped, validated pair. Sequences are what gets shuffled; `data build` writes one a document.
 
@@ -35,12 +43,7 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | Path, key: str = "data.path") -> None:
         self.prefix = str(prefix)
-        index, data = index_path(prefix), data_path(prefix)
-        for path in (index, data):
-            if not path.is_file():
-                raise UserError(
-                    f"{key}: {path} does not exist; give the prefix of a .bin/.idx pair (made by `data build`)"
-                )
+        index, data = check_exists(prefix, key)
         try:
             content = _mapped(index, np.dtype(np.uint8))
             self._size = data.stat().st_size

@@ -11,7 +11,7 @@ import numpy as np
 from megalite.config.schema import DataConfig
 from megalite.data.corpus import Corpus, embedded_corpus
 from megalite.data.files import cached_folder
-from megalite.data.indexed import IndexedDataset
+from megalite.data.indexed import IndexedDataset, check_exists
 from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from megalite.errors import UserError
@@ -51,6 +51,11 @@ def open_parts(data: DataConfig) -> Opened:
     Raises UserError for missing or damaged files, a bad split, or a tokenizer that a corpus was not built with.
     """
     prefixes = list(data.blend) or [data.path]
+    for prefix in prefixes:  # before the tokenizer: a mistyped path must not look like a missing tokenizer
+        if prefix != EMBEDDED:
+            check_exists(prefix, "data.blend" if data.blend else "data.path")
+    for name, prefix in data.validation.items():
+        check_exists(prefix, f"data.validation.{name}")
     tokenizer, notes = _tokenizer(data, prefixes), list[str]()
     train, validation = [], []
     for prefix in prefixes:

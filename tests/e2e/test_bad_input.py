@@ -99,8 +99,9 @@ def test_half_an_environment_of_torchrun(megalite: Megalite, folder: Path, monke
 
 
 DATA = {
-    "missing dataset": (["data.path=nowhere/text"], "nowhere/text"),
-    "missing dataset of a blend": (["data.blend={nowhere/a: 1}"], "nowhere/a"),
+    "missing dataset": (["data.path=nowhere/text", "data.tokenizer=bpe"], "data.path: nowhere/text.idx"),
+    "missing dataset of a blend": (["data.blend={nowhere/a: 1}", "data.tokenizer=bpe"], "data.blend: nowhere/a.idx"),
+    "missing validation set": (["data.validation={v: nowhere/v}"], "data.validation.v: nowhere/v.idx"),
     "missing tokenizer": (["data.tokenizer=nowhere.json"], "nowhere.json"),
     "vocabulary smaller than the tokenizer": (["model.vocab=100"], "model.vocab"),
     "missing checkpoint": (["checkpoint.resume=nowhere"], "nowhere"),
