@@ -5,7 +5,9 @@ optimizer state, every layer's kept activations, and the largest transient. Foll
 compares the activation part with what autograd really keeps.
 """
 
+import resource
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from megalite_kernels.loss import CHUNK_LOGITS
@@ -108,3 +110,14 @@ def _transient(config: Config, vocab: int, tokens: int, compute: torch.dtype) ->
     if config.recompute.mode == "full":
         again = tokens * kept_per_token(model, compute.itemsize, "none")
     return max(gradients + max(chunk, handed_on), again)
+
+
+def measured_memory(device: torch.device) -> int:
+    """Peak bytes this process has used on `device` so far (of the CPU: resident, since its own start)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):  # not Linux: there a launcher's own peak may be counted in
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -5,7 +5,6 @@ for metrics in Trainer(load_config("experiment=quickstart")):
 """
 
 import math
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from megalite.train import build
 from megalite.train.callback import Callback, StepMetrics
 from megalite.train.evaluate import Evaluation, evaluate
 from megalite.train.interrupt import StopRequest
+from megalite.train.memory import measured_memory
 from megalite.train.observers import make_observers
 from megalite.train.resume import resume, training_state
 from megalite.train.run_folder import RunFolder, check_free_space, run_path
@@ -229,10 +229,6 @@ class Trainer:
         step_tokens = self.config.train.global_batch * self.config.data.sequence_length
         flops = self.facts["flops_per_token"] * step_tokens / step_s / self.mesh.world_size
         peak = self.facts["peak_flops"]
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device)
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return StepMetrics(
             step=self.step,
             tokens=self.step * step_tokens,
@@ -242,7 +238,7 @@ class Trainer:
             tokens_per_s=step_tokens / step_s,
             model_tflops=flops / 1e12,
             mfu=flops / peak if peak else None,
-            memory_gb=memory / 1e9,
+            memory_gb=measured_memory(self.device) / 1e9,
             step_s=step_s,
             data_s=data_s,
             skipped=skipped,
