@@ -32,13 +32,15 @@ class DataBundle:
     parts: dict[str, list[Part]]
 
     def raw_bytes(self, split: Literal["train", "validation"]) -> bytes:
-        """The text behind a split, decoded from its tokens, documents end to end in the order of the files.
+        """The text behind all training sets, or behind the first validation set, whose loss a run reports.
 
+        Decoded from the tokens, documents end to end in the order of the files.
         Raises UserError when the tokenizer changes text or the text is too big for memory.
         """
         if not self.tokenizer.byte_exact:
             raise UserError("data.tokenizer: it changes text, so the text cannot be recovered; set log.baselines=false")
-        parts = [part.tokens() for part in self.parts[split]]
+        chosen = self.parts["train"] if split == "train" else self.parts["validation"][:1]
+        parts = [part.tokens() for part in chosen]
         size = sum(map(len, parts))
         if size > _LARGEST_TEXT:
             raise UserError(f"log.baselines: {size} tokens are too many to hold as text; set log.baselines=false")

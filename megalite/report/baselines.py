@@ -28,14 +28,23 @@ def kneser_ney_bits_per_byte(train: bytes, valid: bytes, order: int = 5) -> floa
     return bits
 
 
-def write_baselines(run_dir: Path, train: bytes, valid: bytes, order: int = 5) -> dict[str, float | int]:
-    """Measure both and leave them in baselines.json (atomically), with how many bytes they saw."""
-    train = train[:TRAIN_LIMIT]
-    measured: dict[str, float | int] = {
+def write_baselines(
+    run_dir: Path, train: bytes, valid: bytes, *, validation: str, validation_tokens: int, order: int = 5
+) -> dict[str, float | int | str]:
+    """Measure both and leave them in baselines.json (atomically), with what they saw.
+
+    `validation`, `validation_tokens`: name and whole size of the set whose text `valid` is; the report puts beside them
+    only evaluations of just that.
+    """
+    counted = train[:TRAIN_LIMIT]
+    measured: dict[str, float | int | str] = {
         "gzip": gzip_bits_per_byte(valid),
-        "kneser_ney": kneser_ney_bits_per_byte(train, valid, order),
+        "kneser_ney": kneser_ney_bits_per_byte(counted, valid, order),
         "order": order,
-        "train_bytes": len(train),
+        "train_bytes": len(counted),
+        "train_bytes_whole": len(train),
+        "validation": validation,
+        "validation_tokens": validation_tokens,
         "validation_bytes": len(valid),
     }
     temporary = run_dir / "baselines.json.tmp"

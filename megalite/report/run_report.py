@@ -32,9 +32,10 @@ def summary(run_dir: Path) -> list[str]:
     """The same result in a few plain lines for a terminal: last losses, then bits per byte beside the baselines."""
     run = read_run(Path(run_dir))
     lines = [f"{label:<39}{value}" for value, label in _headlines(run)]
-    rows = _compression(run)
+    rows, notes = _compression(run)
     if len(rows) > 1:
         lines += ["bits per byte of the validation text:", *(f"  {label:<26}{bits:.4f}" for label, bits, _ in rows)]
+        lines += [f"  {note}" for note in notes]
     return lines
 
 
@@ -146,27 +147,55 @@ def _card(title: str, curves: list[Series], log: bool) -> str:
     return f'<div class="card"><h3>{key}{html.escape(title)}{scale}</h3>{chart}<div class="read"></div></div>'
 
 
-def _compression(run: RunFolder) -> list[tuple[str, float, bool]]:
-    """(what, bits per byte, is it this run), best first."""
-    rows = []
-    ours = _latest(run.metrics, "val_bits_per_byte")
-    if ours is not None:
-        rows.append(("this model", ours, True))
-    order = run.baselines.get("order", 5)
-    for name, label in (("kneser_ney", f"Kneser-Ney {order}-gram (bytes)"), ("gzip", "gzip -9")):
-        bits = number(run.baselines, name)
-        if bits is not None:
-            rows.append((label, bits, False))
-    return sorted(rows, key=lambda row: row[1])
+def _compression(run: RunFolder) -> tuple[list[tuple[str, float, bool]], list[str]]:
+    """(what, bits per byte, is it this run), best first; and what must be known to compare them.
+
+    Baselines are of one whole validation set, so this model stands beside them only with an evaluation of just that.
+    """
+    measured = run.baselines
+    order = measured.get("order", 5)
+    labels = (("kneser_ney", f"Kneser-Ney {order}-gram (bytes)"), ("gzip", "gzip -9"))
+    rows = [(label, bits, False) for name, label in labels if (bits := number(measured, name)) is not None]
+    if not rows:
+        latest = _latest(run.metrics, "val_bits_per_byte")
+        return ([] if latest is None else [("this model", latest, True)]), ["Lower is better."]
+    name, size = measured.get("validation"), number(measured, "validation_bytes")
+    notes = [
+        f"Of the whole of '{name}', {quantity(size, 'B')} of text; lower is better." if size else "Lower is better."
+    ]
+    whole = _whole_evaluation(run)
+    if whole is None:
+        notes.append(
+            f"This model is not among them: no evaluation read all of '{name}'; train.final_eval=true does, at the end."
+        )
+    else:
+        step, bits = whole
+        rows.append(("this model" if step == run.metrics[-1]["step"] else f"this model at step {step}", bits, True))
+    counted, given = number(measured, "train_bytes"), number(measured, "train_bytes_whole")
+    if counted and given and counted < given:
+        sizes = f"{quantity(counted, 'B')} of {quantity(given, 'B')}"
+        notes.append(f"The {order}-gram counted the first {sizes} of training text.")
+    return sorted(rows, key=lambda row: row[1]), notes
+
+
+def _whole_evaluation(run: RunFolder) -> tuple[int, float] | None:
+    """(step, bits per byte) of the latest evaluation that read all of the set that the baselines were measured on."""
+    tokens = number(run.baselines, "validation_tokens")
+    if tokens is None:
+        return None
+    wanted = {"kind": "evaluation", "name": run.baselines.get("validation"), "tokens": tokens}
+    whole = [(event.get("step"), event.get("bits_per_byte")) for event in run.events if wanted.items() <= event.items()]
+    found = ((row["step"], number(row, "val_bits_per_byte")) for row in reversed(run.metrics))
+    return next(((step, bits) for step, bits in found if bits is not None and (step, bits) in whole), None)
 
 
 def _baseline_block(run: RunFolder) -> str:
-    rows = _compression(run)
+    rows, notes = _compression(run)
     if not rows:
         return ""
-    size = number(run.baselines, "validation_bytes")
-    note = f"All on the same {quantity(size, 'B')} of validation text; lower is better." if size else "Lower is better."
-    return bar_chart("Validation bits per byte", rows, "bits/byte") + f'<p class="note">{html.escape(note)}</p>'
+    return (
+        bar_chart("Validation bits per byte", rows, "bits/byte") + f'<p class="note">{html.escape(" ".join(notes))}</p>'
+    )
 
 
 def _facts(environment: Row) -> list[tuple[str, str]]:

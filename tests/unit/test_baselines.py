@@ -108,6 +108,15 @@ def test_bad_orders_and_empty_text() -> None:
 
 def test_gzip_and_the_file(tmp_path: Path) -> None:
     assert gzip_bits_per_byte(TEXT) == len(gzip.compress(TEXT, 9)) * 8 / len(TEXT)
-    measured = write_baselines(tmp_path, TEXT, TEXT[:200])
+    measured = write_baselines(tmp_path, TEXT, TEXT[:200], validation="text", validation_tokens=150)
     assert json.loads((tmp_path / "baselines.json").read_text()) == measured
+    assert (measured["validation"], measured["validation_tokens"], measured["validation_bytes"]) == ("text", 150, 200)
+    assert measured["train_bytes"] == measured["train_bytes_whole"] == len(TEXT)
     assert [path.name for path in tmp_path.iterdir()] == ["baselines.json"]
+
+
+def test_a_long_text_is_cut_and_the_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megalite.report.baselines.TRAIN_LIMIT", 300)
+    measured = write_baselines(tmp_path, TEXT, TEXT[:200], validation="text", validation_tokens=150)
+    assert (measured["train_bytes"], measured["train_bytes_whole"]) == (300, len(TEXT))
+    assert measured["kneser_ney"] == kneser_ney_bits_per_byte(TEXT[:300], TEXT[:200])

@@ -112,12 +112,15 @@ def test_blend(pair, tmp_path):
         with IndexedWriter(tmp_path / name, 257) as writer:
             writer.add(np.full(1000, token))
     blend = {str(tmp_path / "a"): 3.0, str(tmp_path / "b"): 1.0}
-    made = config(blend=blend, validation={"held out": pair[0]})
+    made = config(blend=blend, validation={"held out": pair[0], "ones": str(tmp_path / "a")})
     bundle = prepare_data(made, 40)
     batch = bundle.train.batch(range(40))
     assert (batch.tokens == batch.tokens[:, :1]).all()
     assert (batch.tokens[:, 0] == 1).sum() == 30
-    assert [validation.name for validation in bundle.validation] == ["held out"]
+    assert [validation.name for validation in bundle.validation] == ["held out", "ones"]
+    assert bundle.raw_bytes("train") == b"\1" * 1000 + b"\2" * 1000
+    assert bundle.raw_bytes("validation") == bytes(t for document in pair[1] for t in document if t != EOD)
+    assert len(bundle.raw_bytes("validation")) == bundle.validation[0].n_bytes
     assert torch.equal(bundle.train.batch([17]).tokens[0], batch.tokens[17])
     with pytest.raises(ValueError, match="from a blend"):
         bundle.train.batch([40])

@@ -134,8 +134,9 @@ def test_events_survive_restarts(tmp_path: Path) -> None:
     trainer, observer = FakeTrainer(tmp_path, start_step=2), EventsFile()
     observer.on_start(trainer)
     observer.on_end(trainer)
+    observer.on_event(trainer, {"kind": "warning", "message": "the observer after this one had trouble"})
     kept = rows(tmp_path / "events.jsonl")
-    assert [event["kind"] for event in kept] == ["start", "skip", "start", "end"]
+    assert [event["kind"] for event in kept] == ["start", "skip", "start", "end", "warning"]
     assert kept[1]["step"] == 3
     assert all(event["time"] > 1e9 for event in kept)
 
@@ -328,11 +329,12 @@ def test_an_interrupted_run_gets_a_report_without_sample(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]
 
 
-def finished_trainer(folder: Path, raw_bytes: Any) -> FakeTrainer:
+def finished_trainer(folder: Path, raw_bytes: Any, vocab: int = 257) -> FakeTrainer:
     with torch.device("meta"):
-        model = Transformer(ModelConfig(layers=1, hidden=16, heads=2, ffn=16), 257, 32)
+        model = Transformer(ModelConfig(layers=1, hidden=16, heads=2, ffn=16), vocab, 32)
     materialize(model, torch.device("cpu"), seed=0, dtype=torch.float32)
-    data = SimpleNamespace(tokenizer=ByteTokenizer(), raw_bytes=raw_bytes)
+    validation = [SimpleNamespace(name="first", n_tokens=2000), SimpleNamespace(name="second", n_tokens=7)]
+    data = SimpleNamespace(tokenizer=ByteTokenizer(), raw_bytes=raw_bytes, validation=validation)
     trainer = FakeTrainer(folder, step=1000, model=model, data=data)
     trainer.config.log.sample, trainer.config.log.baselines = "def ", True
     (folder / "metrics.jsonl").write_text("")
@@ -343,9 +345,42 @@ def test_a_finished_run_leaves_sample_and_baselines(tmp_path: Path) -> None:
     trainer = finished_trainer(tmp_path, lambda split: b"def f(x):\n    return x\n" * 100)
     ReportWriter().on_end(trainer)
     assert (tmp_path / "sample.txt").read_text().startswith("def ")
-    assert json.loads((tmp_path / "baselines.json").read_text())["train_bytes"] == 2300
+    measured = json.loads((tmp_path / "baselines.json").read_text())
+    assert (measured["train_bytes"], measured["validation"], measured["validation_tokens"]) == (2300, "first", 2000)
     assert "Kneser-Ney" in (tmp_path / "report.html").read_text()
     assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.tmp"))
+
+
+def test_a_sample_of_a_model_with_more_rows_than_the_tokenizer_has_tokens(tmp_path: Path) -> None:
+    trainer = finished_trainer(tmp_path, lambda split: b"x" * 2000, vocab=5000)
+    ReportWriter().on_end(trainer)
+    assert (tmp_path / "sample.txt").read_text().startswith("def ")
+    assert trainer.events == []
+
+
+def test_a_failing_sample_and_failing_baselines_cost_a_warning_each(tmp_path: Path) -> None:
+    def fail(split: str) -> bytes:
+        raise MemoryError("too\nmuch")
+
+    trainer = finished_trainer(tmp_path, fail)
+    trainer.model = None
+    ReportWriter().on_end(trainer)
+    messages = [event["message"] for event in trainer.events if event["kind"] == "warning"]
+    assert len(messages) == 2
+    assert messages[0].startswith("log.sample: failed, the rest goes on (AttributeError: ")
+    assert messages[1] == "log.baselines: failed, the rest goes on (MemoryError: too much)"
+    assert [path.name for path in tmp_path.iterdir() if path.suffix in (".html", ".txt", ".json")] == ["report.html"]
+
+
+def test_a_failing_report_is_a_warning_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(run_dir: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megalite.train.observers.report_writer.write_report", fail)
+    trainer = FakeTrainer(tmp_path)
+    ReportWriter().on_end(trainer)
+    assert "log.report: failed" in trainer.events[0]["message"]
+    assert "No space left" in trainer.events[0]["message"]
 
 
 def test_text_that_cannot_be_had_back_costs_no_report(tmp_path: Path) -> None:

@@ -57,15 +57,17 @@ def make_run(folder: Path, steps: int = 200) -> Path:
             row |= {"val_loss": 2.1 + 6 / step, "val_bits_per_byte": 1.0 + 5 / step}
         lines.append(json.dumps(row))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 9')
-    events = [{"time": 1.8e9, "step": 3, "kind": "skip", "why": HOSTILE}, {"kind": "end", "step": None}]
+    events: list[dict[str, Any]] = [{"time": 1.8e9, "step": 3, "kind": "skip", "why": HOSTILE}]
+    whole = {"kind": "evaluation", "step": steps, "name": "text", "tokens": 9000, "bits_per_byte": 1.0 + 5 / steps}
+    events += [whole | {"name": "other", "tokens": 8000, "bits_per_byte": 0.5}, whole, {"kind": "end", "step": None}]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (folder / "config.yaml").write_text(f"run:\n  name: {HOSTILE}\n")
     facts = {"model": HOSTILE, "parameters": 1234, "backends": ["a", HOSTILE], "threads": 2, "nothing": None}
     environment = {"facts": facts, "versions": {"torch": "2.13.0"}, "git_revision": "abc"}
     (folder / "environment.json").write_text(json.dumps(environment))
-    (folder / "baselines.json").write_text(
-        json.dumps({"gzip": 1.9, "kneser_ney": 2.1, "order": 5, "validation_bytes": 600000})
-    )
+    measured = {"gzip": 1.9, "kneser_ney": 2.1, "order": 5, "validation_bytes": 600000, "validation": "text"}
+    measured |= {"validation_tokens": 9000, "train_bytes": 64_000_000, "train_bytes_whole": 64_000_000}
+    (folder / "baselines.json").write_text(json.dumps(measured))
     (folder / "sample.txt").write_text(HOSTILE)
     return folder
 
@@ -143,6 +145,47 @@ def test_not_a_run_folder(tmp_path: Path) -> None:
 def test_summary_names_the_baselines(tmp_path: Path) -> None:
     text = "\n".join(summary(make_run(tmp_path / "run")))
     assert re.search(r"this model +1\.0250\n +gzip -9 +1\.9000\n +Kneser-Ney 5-gram \(bytes\) +2\.1000", text)
+
+
+def rewrite(path: Path, *changes: tuple[str, str]) -> None:
+    text = path.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def test_an_evaluation_of_a_part_is_not_put_beside_the_baselines(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    rewrite(run / "events.jsonl", ('"tokens": 9000', '"tokens": 4500'))
+    lines = "\n".join(summary(run))
+    assert "this model" not in lines.lower().replace("this model is not", "")
+    assert re.search(r"gzip -9 +1\.9000", lines)
+    for text in (lines, Page(write_report(run).read_text()).text):
+        assert "This model is not among them: no evaluation read all of 'text'" in text
+
+
+def test_an_older_evaluation_of_the_whole_set_names_its_step(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    rewrite(run / "events.jsonl", ('"step": 200', '"step": 50'), ("1.025}", "1.1}"))
+    assert re.search(r"this model at step 50 +1\.1000\n", "\n".join(summary(run)))
+
+
+def test_the_report_says_how_much_the_n_grams_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "counted" not in Page(write_report(run).read_text()).text
+    rewrite(run / "baselines.json", ('"train_bytes_whole": 64000000', '"train_bytes_whole": 250000000'))
+    for text in ("\n".join(summary(run)), Page(write_report(run).read_text()).text):
+        assert "The 5-gram counted the first 64.0 MB of 250 MB of training text." in text
+        assert "'text', 600 kB" in text
+
+
+def test_without_baselines_the_latest_evaluation_is_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "baselines.json").unlink()
+    text = Page(write_report(run).read_text()).text
+    assert "1.0250 bits/byte" in text
+    assert "not among them" not in text
 
 
 def test_long_curves_are_thinned_but_keep_spikes() -> None:

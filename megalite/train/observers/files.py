@@ -72,21 +72,22 @@ class MetricsFile(Callback):
 
 
 class EventsFile(Callback):
-    """events.jsonl: saves, restarts, skipped steps, warnings, each with the step and the Unix time."""
+    """events.jsonl: saves, restarts, skipped steps, warnings, each with the step and the Unix time.
 
-    file: IO[str] | None = None
+    Opened anew for each of these rare lines, so that what observers report at their end is kept too.
+    """
+
+    started = False
 
     def on_start(self, trainer: TrainerView) -> None:
-        self.file = reopen(trainer.run_dir / "events.jsonl", lambda row: True)
+        reopen(trainer.run_dir / "events.jsonl", lambda row: True).close()
+        self.started = True
         self.on_event(trainer, {"kind": "start", "step": trainer.start_step})
 
     def on_event(self, trainer: TrainerView, event: dict[str, Any]) -> None:
-        if self.file is not None:
-            self.file.write(to_json({"time": round(time.time(), 3), "step": trainer.step} | event) + "\n")
-            self.file.flush()
+        if self.started:
+            with open(trainer.run_dir / "events.jsonl", "a", encoding="utf-8") as file:
+                file.write(to_json({"time": round(time.time(), 3), "step": trainer.step} | event) + "\n")
 
     def on_end(self, trainer: TrainerView) -> None:
-        if self.file is not None:
-            self.on_event(trainer, {"kind": "end"})
-            self.file.close()
-            self.file = None
+        self.on_event(trainer, {"kind": "end"})

@@ -1,6 +1,7 @@
 """What a finished run leaves for a reader: sample.txt, baselines.json and report.html."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,29 +17,40 @@ SHORTEST_TEXT = 1000
 
 
 class ReportWriter(Callback):
-    """At the end. An interrupted run gets its report too, without sample and baselines."""
+    """At the end. An interrupted run gets its report too, without sample and baselines.
+
+    The run is over and kept by then: what fails here is said in a warning, and the rest goes on.
+    """
 
     def on_end(self, trainer: TrainerView) -> None:
         log = trainer.config.log
+        prompt = log.sample
         if trainer.step >= trainer.config.train.steps:
-            if log.sample is not None:
-                write_sample(trainer, log.sample)
+            if prompt is not None:
+                _attempt(trainer, "log.sample", lambda: write_sample(trainer, prompt))
             if log.baselines:
-                self._baselines(trainer)
+                _attempt(trainer, "log.baselines", lambda: measure_baselines(trainer))
         if log.report:
-            write_report(trainer.run_dir)
+            _attempt(trainer, "log.report", lambda: write_report(trainer.run_dir))
 
-    def _baselines(self, trainer: TrainerView) -> None:
-        """A text that cannot be had back must not cost a finished run its report: it is said, and they are left out."""
-        try:
-            train, valid = (trainer.data.raw_bytes(split) for split in ("train", "validation"))
-        except UserError as error:
-            trainer.event("warning", message=str(error))
-            return
-        if len(train) < SHORTEST_TEXT or not valid:
-            trainer.event("warning", message="log.baselines: too little text to count n-grams on, so there are none")
-            return
-        write_baselines(trainer.run_dir, train, valid)
+
+def _attempt(trainer: TrainerView, key: str, write: Callable[[], object]) -> None:
+    try:
+        write()
+    except UserError as error:
+        trainer.event("warning", message=str(error))
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        trainer.event("warning", message=f"{key}: failed, the rest goes on ({what})")
+
+
+def measure_baselines(trainer: TrainerView) -> None:
+    """baselines.json of the first validation set. Raises UserError when its text cannot be had back or is too short."""
+    train, valid = (trainer.data.raw_bytes(split) for split in ("train", "validation"))
+    if len(train) < SHORTEST_TEXT or not valid:
+        raise UserError("log.baselines: too little text to count n-grams on, so there are none")
+    first = trainer.data.validation[0]
+    write_baselines(trainer.run_dir, train, valid, validation=first.name, validation_tokens=first.n_tokens)
 
 
 def write_sample(trainer: TrainerView, prompt: str) -> Path:
@@ -46,7 +58,14 @@ def write_sample(trainer: TrainerView, prompt: str) -> Path:
     tokenizer = trainer.data.tokenizer
     start = [tokenizer.eod, *tokenizer.encode(prompt)]
     with torch.compiler.set_stance("force_eager"):  # every new length would be compiled again
-        new = generate(trainer.model, start, SAMPLE_TOKENS, seed=trainer.config.train.seed, stop=tokenizer.eod)
+        new = generate(
+            trainer.model,
+            start,
+            SAMPLE_TOKENS,
+            seed=trainer.config.train.seed,
+            stop=tokenizer.eod,
+            vocab=tokenizer.vocab,
+        )
     target = trainer.run_dir / "sample.txt"
     temporary = target.with_name("sample.txt.part")
     temporary.write_text(prompt + tokenizer.decode(new), encoding="utf-8")
