@@ -83,6 +83,12 @@ def _llama(job: Job) -> torch.nn.Module:
     return LlamaForCausalLM(LlamaConfig(**LLAMA)).train()
 
 
+def _inputs(tokens_BS: Tensor) -> dict[str, Tensor]:
+    """What transformers' models take: exactly SEQUENCE positions, every one with a target."""
+    tokens, targets = tokens_BS[:, :-1].contiguous(), tokens_BS[:, 1:].contiguous()
+    return {"input_ids": tokens, "labels": tokens, "shift_labels": targets}
+
+
 def transformers(job: Job) -> Step:
     """Llama of transformers in a plain loop; over several ranks under torch DDP. Variants: compile, amp, both."""
     amp = "amp" in job.variant
@@ -95,7 +101,7 @@ def transformers(job: Job) -> Step:
 
     def step(tokens_BS: Tensor) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=amp and job.precision == "bf16"):
-            loss = run(input_ids=tokens_BS, labels=tokens_BS).loss
+            loss = run(**_inputs(tokens_BS)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -121,7 +127,7 @@ def fabric(job: Job) -> Step:
     model, optimizer = engine.setup(model, torch.optim.AdamW(model.parameters(), **ADAMW, fused=True))
 
     def step(tokens_BS: Tensor) -> float:
-        loss = model(input_ids=tokens_BS, labels=tokens_BS).loss
+        loss = model(**_inputs(tokens_BS)).loss
         engine.backward(loss)
         engine.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
@@ -191,7 +197,7 @@ def deepspeed(job: Job) -> Step:
     )
 
     def step(tokens_BS: Tensor) -> float:
-        loss = wrapped(input_ids=tokens_BS, labels=tokens_BS).loss
+        loss = wrapped(**_inputs(tokens_BS)).loss
         wrapped.backward(loss)
         wrapped.step()
         return float(loss)
