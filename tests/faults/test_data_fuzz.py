@@ -43,7 +43,7 @@ def mutated(index: bytes, random: np.random.Generator) -> bytes:
 
 
 def assert_says(dataset: IndexedDataset, index: bytes, data: bytes) -> None:
-    """`dataset` says in every field what these bytes say when they are parsed one number at a time, and that adds up."""
+    """`dataset` says in every field what these bytes say, parsed here one number at a time, and that adds up."""
     magic, version, code, n_sequences, n_bounds = struct.unpack_from("<9sQBQQ", index)
     letter = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H"}[code]
     size = struct.calcsize(letter)
