@@ -6,6 +6,7 @@ Imports torch alone and knows nothing of megalite. Shapes and meaning of each op
 from megalite_kernels.allocator import tune_allocator
 from megalite_kernels.attention import attention
 from megalite_kernels.elementwise import apply_rope, geglu, gelu, gelu_tanh, layer_norm, relu2, rms_norm, swiglu
+from megalite_kernels.embedding import embedding
 from megalite_kernels.explain import explain
 from megalite_kernels.linear import linear
 from megalite_kernels.loss import linear_cross_entropy
@@ -15,6 +16,7 @@ __all__ = [
     "IGNORE_INDEX",
     "apply_rope",
     "attention",
+    "embedding",
     "explain",
     "geglu",
     "gelu",

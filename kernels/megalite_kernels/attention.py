@@ -34,12 +34,14 @@ def attention(
     """softmax(mask(cap(scale · q kᵀ))) v -> [B, S, H, D]; see `reference.attention`.
 
     documents[B, S]: document number of each position, never decreasing along a row; needs T == S.
+    Raises ValueError for tensors that do not belong together.
     """
-    if q_BSHD.shape[2] % k_BTKD.shape[2]:
-        raise ValueError(f"attention: {q_BSHD.shape[2]} query heads are no multiple of {k_BTKD.shape[2]} key heads")
+    _check(q_BSHD, k_BTKD, v_BTKD)
     queries, keys = q_BSHD.shape[1], k_BTKD.shape[1]
     if documents is not None and queries != keys:
         raise ValueError(f"attention: documents need as many queries as keys, not {queries} and {keys}")
+    if documents is not None and documents.shape != q_BSHD.shape[:2]:
+        raise ValueError(f"attention: documents are {list(documents.shape)}, queries {list(q_BSHD.shape[:2])}")
     plain = window is None and softcap is None and documents is None
     if q_BSHD.device.type == "cuda" and q_BSHD.dtype != torch.float64 and plain and (queries == keys or not causal):
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BTKD, v_BTKD))
@@ -48,6 +50,17 @@ def attention(
     low, high = torch.ops.megalite.visible_spans(q_BSHD, keys, causal, -1 if window is None else window, documents)
     result: Tensor = torch.ops.megalite.attention(q_BSHD, k_BTKD, v_BTKD, low, high, scale, softcap or 0.0)[0]
     return result
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.dim() == k.dim() == 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+        raise ValueError(f"attention: needs q [B, S, H, D], k and v [B, T, K, D], not {shapes}")
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention: {q.shape[2]} query heads are no multiple of {k.shape[2]} key heads")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        kinds = ", ".join(f"{x.dtype} ({x.device})" for x in (q, k, v))
+        raise ValueError(f"attention: q, k and v need one dtype and device, not {kinds}")
 
 
 @torch.library.custom_op("megalite::visible_spans", mutates_args=())

@@ -18,7 +18,7 @@ def _fast(*tensors: Tensor | None) -> bool:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, zero_centered: bool = False) -> Tensor:
     """x / sqrt(mean(x²) + eps) · w over the last dim, w = weight or 1 + weight (arXiv:1910.07467)."""
-    if _fast(x, weight_D):
+    if _fast(x, weight_D) and weight_D.dim() == 1 and weight_D.shape == x.shape[-1:]:
         y: Tensor = _RMSNorm.apply(x, weight_D, eps, zero_centered)
         return y
     return reference.rms_norm(x, weight_D, eps, zero_centered)
@@ -47,7 +47,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up."""
-    if _fast(gate, up):
+    if _fast(gate, up) and gate.shape == up.shape:
         y: Tensor = _Gated.apply(gate, up, False)
         return y
     return reference.swiglu(gate, up)
@@ -55,7 +55,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) · up."""
-    if _fast(gate, up):
+    if _fast(gate, up) and gate.shape == up.shape:
         y: Tensor = _Gated.apply(gate, up, True)
         return y
     return reference.geglu(gate, up)
@@ -92,12 +92,27 @@ def relu2(x: Tensor) -> Tensor:
 
 def apply_rope(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half rotation of the first R dims of each head by cos, sin [S, R] or [B, S, R]; the tables get no gradient."""
-    if _fast(x_BSHD) and not (cos.requires_grad or sin.requires_grad):
+    if _fast(x_BSHD) and _rows_of_tables(x_BSHD, cos, sin):
         shape = (*x_BSHD.shape[:2], cos.shape[-1])
-        rows = [table.float().expand(shape).reshape(-1, shape[-1]) for table in (cos, sin)]
+        rows = [table.float().expand(shape).reshape(-1, shape[-1]).contiguous() for table in (cos, sin)]
         y: Tensor = _Rope.apply(x_BSHD, *rows)
         return y
     return reference.apply_rope(x_BSHD, cos, sin)
+
+
+def _rows_of_tables(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Constant tables on the CPU whose rows fit x's heads; what does not fit is the reference's to refuse."""
+    return (
+        x_BSHD.dim() == 4
+        and cos.shape == sin.shape
+        and cos.dim() in (2, 3)
+        and cos.shape[-2] == x_BSHD.shape[1]
+        and (cos.dim() == 2 or cos.shape[0] == x_BSHD.shape[0])
+        and 0 < cos.shape[-1] <= x_BSHD.shape[-1]
+        and cos.shape[-1] % 2 == 0
+        and cos.device == sin.device == x_BSHD.device
+        and not (cos.requires_grad or sin.requires_grad)
+    )
 
 
 class _Rope(torch.autograd.Function):

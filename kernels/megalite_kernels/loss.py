@@ -31,12 +31,36 @@ def linear_cross_entropy(
 
     `z_loss` is the weight w of the loss (nll_sum + w · z_sum) · anything that the caller will differentiate; it does
     not change the two values. Gradients of any other combination are right too, at the price of a second forward.
+
+    Raises ValueError for tensors that do not belong together and, on the CPU, IndexError for a counted target outside
+    0 … V-1; an accelerator's own indexing kernels stop at such a target.
     """
+    _check(hidden_ND, weight_VD, targets_N)
     nll_sum, z_sum, _, _ = torch.ops.megalite.linear_cross_entropy(
         hidden_ND, weight_VD, targets_N, 1.0, float(z_loss), softcap or 0.0, ignore_index,
         torch.is_grad_enabled() and hidden_ND.requires_grad, torch.is_grad_enabled() and weight_VD.requires_grad,
     )  # fmt: skip
     return nll_sum, z_sum
+
+
+def _check(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
+    if targets_N.dtype != torch.int64:
+        raise ValueError(f"linear_cross_entropy: targets are {targets_N.dtype}; give torch.int64")
+    if not hidden_ND.device == weight_VD.device == targets_N.device:
+        raise ValueError("linear_cross_entropy: hidden, weight and targets are on different devices")
+    fitting = hidden_ND.dim() == weight_VD.dim() == 2 and hidden_ND.shape[1] == weight_VD.shape[1]
+    if not fitting or targets_N.shape != hidden_ND.shape[:1] or not weight_VD.shape[0]:
+        shapes = ", ".join(str(list(x.shape)) for x in (hidden_ND, weight_VD, targets_N))
+        raise ValueError(f"linear_cross_entropy: needs hidden [N, D], weight [V, D], targets [N], not {shapes}")
+
+
+def _check_range(targets_N: Tensor, vocab: int, ignore_index: int) -> None:
+    """Only where the values lie in this processor's memory: elsewhere reading them would stall the device."""
+    if targets_N.device.type == "cpu":
+        wrong_N = ((targets_N < 0) | (targets_N >= vocab)) & (targets_N != ignore_index)
+        if bool(wrong_N.any()):
+            first = targets_N[wrong_N][0].item()
+            raise IndexError(f"linear_cross_entropy: target {first} is outside 0 … {vocab - 1} and not {ignore_index}")
 
 
 @torch.library.custom_op("megalite::linear_cross_entropy", mutates_args=())
@@ -47,6 +71,7 @@ def chunked(
     """(nll_sum, z_sum, grad hidden, grad weight) of nll_weight · nll_sum + z_weight · z_sum; empty where not asked."""
     rows, width = hidden_ND.shape
     vocab = weight_VD.shape[0]
+    _check_range(targets_N, vocab, ignore_index)
     wide = accumulation_dtype(hidden_ND.dtype)
     # Hardware that multiplies half precision keeps it; everything else multiplies in the accumulation dtype.
     product = wide if hidden_ND.device.type == "cpu" and emulate_bf16_on_cpu() else hidden_ND.dtype

@@ -117,6 +117,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(nll, lse) a row, 0 where ignored. With `gradient` the float32 logits become d(nll + z_weight·lse²)."""
     rows, width = logits_NV.shape
+    assert targets_N.dtype == torch.int64 and targets_N.shape == (rows,)
     nll, lse = torch.empty(rows), torch.empty(rows)
     _call(
         "cross_entropy",

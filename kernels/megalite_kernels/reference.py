@@ -31,6 +31,11 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     return y.to(x.dtype)
 
 
+def embedding(tokens: Tensor, weight_VD: Tensor) -> Tensor:
+    """Rows of weight[V, D] picked by integers [...] -> [..., D]."""
+    return F.embedding(tokens, _wide(weight_VD)).to(weight_VD.dtype)
+
+
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, zero_centered: bool = False) -> Tensor:
     """x / sqrt(mean(x²) + eps) · w over the last dim; w is 1 + weight when zero_centered (arXiv:1910.07467)."""
     wide, weight = _wide(x), _wide(weight_D)
@@ -47,9 +52,11 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -
 def apply_rope(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions, half rotation, on the first R dims of each head; the others pass (arXiv:2104.09864).
 
-    cos and sin are [S, R] or [B, S, R], already gathered by position, both halves written out.
+    cos and sin are [S, R] or [B, S, R], already gathered by position, both halves written out. R is even.
     """
     rotated_dims = cos.shape[-1]
+    if rotated_dims % 2 or rotated_dims > x_BSHD.shape[-1]:
+        raise ValueError(f"rope: {rotated_dims} rotated dims are odd or more than a head's {x_BSHD.shape[-1]}")
     wide = _wide(x_BSHD)
     head, rest = wide[..., :rotated_dims], wide[..., rotated_dims:]
     first, second = head.chunk(2, dim=-1)

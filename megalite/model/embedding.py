@@ -1,6 +1,6 @@
 """Tables indexed by token or position, and the output head."""
 
-import torch.nn.functional as F
+from megalite_kernels import embedding
 from torch import Tensor, nn
 
 from megalite.parallel.parameter import Role, declare
@@ -14,7 +14,7 @@ class Embedding(nn.Module):
         self.weight = declare(size, hidden, role=role, std=std, shard={"tp": 0} if role == "embedding" else None)
 
     def forward(self, index: Tensor) -> Tensor:
-        return F.embedding(index, self.weight)
+        return embedding(index, self.weight)
 
 
 class Head(nn.Module):
