@@ -22,6 +22,10 @@ def run_path(config: Config) -> Path:
     return Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name
 
 
+def cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"run.dir: cannot write to {path} ({error.strerror}); free space or choose another run.dir")
+
+
 class RunFolder:
     """The folder of a run, held by rank 0: made if new, checked to be writable, locked while this object lives.
 
@@ -41,9 +45,7 @@ class RunFolder:
                 f"run.dir: another process trains in {self.path}; choose another run.name or stop it"
             ) from None
         except OSError as error:
-            raise UserError(
-                f"run.dir: cannot write to {self.path} ({error.strerror}); choose another run.dir"
-            ) from error
+            raise cannot_write(self.path, error) from error
         if config.checkpoint.resume == "none" and attempt == 0 and (self.path / "metrics.jsonl").exists():
             raise UserError(
                 f"run.dir: {self.path} already holds a run and checkpoint.resume=none; choose another run.name"
@@ -57,9 +59,13 @@ class RunFolder:
 
     def record(self, config: Config, facts: dict[str, Any], start_step: int) -> None:
         """Write what is about to run: config.yaml and environment.json."""
-        write_text(self.path / "config.yaml", config_yaml(config))
         content = environment(facts, start_step)
-        write_text(self.path / "environment.json", json.dumps(content, indent=1, default=str))
+        try:
+            write_text(self.path / "config.yaml", config_yaml(config))
+            write_text(self.path / "environment.json", json.dumps(content, indent=1, default=str))
+        except OSError as error:
+            self.abandon()
+            raise cannot_write(self.path, error) from error
 
 
 def check_free_space(path: Path, checkpoint_bytes: int) -> None:
