@@ -22,7 +22,6 @@ $(SETUP): setup.py constraints.txt
 
 train: $(SETUP)
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m megalite train experiment=quickstart $(ARGS)
-	@echo "report: runs/quickstart/report.html"
 
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
