@@ -18,6 +18,7 @@ def header(facts: dict[str, Any]) -> str:
     rows: list[tuple[str, str]] = [
         ("model", _model(facts)),
         ("data", _joined(facts, "{data}", "{tokenizer}", "vocabulary {vocab:,}")),
+        *(("data", str(line)) for line in facts.get("data_notes", [])),
         ("layout", _layout(facts)),
         ("precision", str(facts.get("precision", ""))),
         ("batch", _batch(facts)),

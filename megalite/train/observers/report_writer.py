@@ -13,6 +13,8 @@ from megalite.train.callback import Callback, TrainerView
 from megalite.train.sampling import generate
 
 SAMPLE_TOKENS = 300
+SAMPLE_TEMPERATURE = 0.6
+"""Lower than what `generate` takes by default: models this early are too unsure for more."""
 SHORTEST_TEXT = 1000
 
 
@@ -62,6 +64,7 @@ def write_sample(trainer: TrainerView, prompt: str) -> Path:
             trainer.model,
             start,
             SAMPLE_TOKENS,
+            temperature=SAMPLE_TEMPERATURE,
             seed=trainer.config.train.seed,
             stop=tokenizer.eod,
             vocab=tokenizer.vocab,
