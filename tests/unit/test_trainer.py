@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from megalite import Trainer, load_config
 from megalite.checkpoint.store import complete_steps
 from megalite.errors import RunError, UserError
+from megalite.mesh import Mesh
 from megalite.train.callback import StepMetrics
 from tests.tiny_job import tiny_job
 
@@ -187,3 +189,31 @@ def test_evaluation_reads_the_same_text_whatever_the_microbatch(tmp_path: Path) 
     ]
     for other in seen[1:]:
         torch.testing.assert_close([v for v in other if v], [v for v in seen[0] if v], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_every_layout_reads_the_same_samples(ranks: int, micro: int) -> None:
+    """Over all ranks and microbatches a step reads its own samples, each once: 8(step-1) .. 8 step - 1."""
+
+    class Recorded:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def batch(self, samples: range) -> "Recorded":
+            self.seen += samples
+            return self
+
+        def to(self, _device: object) -> "Recorded":
+            return self
+
+    config = load_config(*tiny_job(f"train.micro_batch={micro}"))
+    for step in (1, 3):
+        seen = []
+        for rank in range(ranks):
+            data = Recorded()
+            mesh = Mesh({"pp": 1, "dp": ranks, "cp": 1, "tp": 1}, rank)
+            view = SimpleNamespace(config=config, mesh=mesh, data=SimpleNamespace(train=data), device=None)
+            Trainer._microbatches(view, step)  # type: ignore[arg-type]
+            seen += data.seen
+        assert sorted(seen) == list(range(8 * (step - 1), 8 * step))
