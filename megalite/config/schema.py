@@ -148,7 +148,11 @@ class PrecisionConfig:
 
 @dataclass
 class RecomputeConfig:
-    mode: str = key("none", "What the backward pass computes again instead of keeping.", choices=("none", "selective", "full"))
+    mode: str = key(
+        "activation",
+        "What backward computes again instead of keeping: the MLP's activation function; with attention; whole blocks.",
+        choices=("none", "activation", "selective", "full"),
+    )
 
 
 @dataclass

@@ -6,14 +6,16 @@ from megalite.model.transformer import Block, Transformer
 def apply_recompute(model: Transformer, mode: str) -> None:
     """Chooses what backward computes again instead of keeping.
 
-    "full": whole blocks; only their inputs are kept. "selective": attention probabilities and the MLP's activation,
-    large to keep and cheap to repeat; no weight matmul runs twice. The results are the same bits in every mode.
+    "activation": the output of the MLP's activation function, the cheapest memory there is. "selective": attention
+    probabilities too; no weight matmul runs twice. "full": whole blocks; only their inputs are kept. Every mode gives
+    the same bits.
     """
-    assert mode in ("none", "selective", "full"), mode
+    assert mode in ("none", "activation", "selective", "full"), mode
     for block in model.blocks:
         assert isinstance(block, Block)
         block.recompute = mode == "full"
-        block.attention.recompute = block.mlp.recompute = mode == "selective"
+        block.attention.recompute = mode == "selective"
+        block.mlp.recompute = mode in ("activation", "selective")
 
 
 def apply_compile(model: Transformer) -> None:

@@ -87,8 +87,9 @@ def kept_per_token(model: ModelConfig, size: int, recompute: str) -> float:
         elements += queries + keys
         other += 4 * (model.heads + kv_heads(model))
     inner, attention_statistics = _mlp_kept(model), 4 * model.heads
-    if recompute == "selective":
+    if recompute in ("activation", "selective"):
         inner -= model.ffn
+    if recompute == "selective":
         attention_statistics = 0
     return (elements + inner) * size + other + attention_statistics
 

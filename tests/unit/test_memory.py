@@ -53,6 +53,7 @@ def kept_bytes(*overrides: str, dtype: torch.dtype) -> tuple[float, float]:
         ("model.qk_norm=true", "model.norm_place=sandwich"),
         ("model.norm_place=post", "model.tied_embeddings=true"),
         ("model.norm=layernorm", "model.activation=gelu", "model.position=learned"),
+        ("recompute=none",),
         ("recompute=selective",),
         ("recompute=full",),
     ],

@@ -147,7 +147,7 @@ def test_the_future_is_hidden(config: ModelConfig) -> None:
         assert torch.equal(model(tokens())[:, :12], model(changed)[:, :12])
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", ["activation", "selective", "full"])
 def test_recompute_gives_the_same_bits(config: ModelConfig, mode: str) -> None:
     model = build(config, dtype=torch.float32)
     kept = gradients(model)
@@ -157,7 +157,7 @@ def test_recompute_gives_the_same_bits(config: ModelConfig, mode: str) -> None:
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", ["activation", "selective", "full"])
 def test_recompute_keeps_less(mode: str) -> None:
     def saved(mode: str) -> int:
         model = build(dataclasses.replace(SMALL, layers=4), dtype=torch.float32)

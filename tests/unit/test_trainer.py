@@ -35,9 +35,9 @@ def test_accumulation_does_not_change_the_step(tmp_path: Path) -> None:
             torch.testing.assert_close([getattr(row, name) for row in parts], expected, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", ["activation", "selective", "full"])
 def test_recompute_changes_no_bit(tmp_path: Path, mode: str) -> None:
-    plain = train(tmp_path / "a", "precision=fp32")
+    plain = train(tmp_path / "a", "precision=fp32", "recompute=none")
     again = train(tmp_path / "b", "precision=fp32", f"recompute={mode}")
     assert [(r.loss, r.grad_norm) for r in plain] == [(r.loss, r.grad_norm) for r in again]
 
