@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from megalite.checkpoint import dcp
 from megalite.comm import Communicator
 from megalite.errors import RunError, UserError
 from megalite.mesh import AXES
@@ -56,6 +55,8 @@ class CheckpointStore:
         final = self.folder / f"step_{step:08d}"
         part = self.folder / f"{final.name}.part"
         self.comm.on_rank_zero(lambda: self._start(part))
+        from megalite.checkpoint import dcp  # a second of imports that a run's start need not wait for
+
         failure = ""
         try:
             dcp.save_tensors(part, tensors, self.comm.mesh.group(*AXES))

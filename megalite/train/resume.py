@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megalite.checkpoint.dcp import load_tensors, read_metadata
 from megalite.checkpoint.store import complete_steps, read_trainer
 from megalite.config.load import as_values
 from megalite.config.schema import Config
@@ -74,6 +73,8 @@ def resume(trainer: "Trainer") -> Resumed | None:
     chosen = trainer.comm.on_rank_zero(lambda: choose_checkpoint(trainer))
     if chosen is None:
         return None
+    from megalite.checkpoint.dcp import load_tensors, read_metadata  # a second of imports that a fresh start is spared
+
     path, branch = Path(chosen["path"]), chosen["branch"]
     counters = trainer.store.verify(path)
     trainer.comm.on_rank_zero(lambda: check_continuity(trainer, path, counters, chosen["at_branch"]))
