@@ -15,20 +15,12 @@ from typing import Any
 import torch
 
 from megalite.comm import Communicator
+from megalite.disk import sync
 from megalite.errors import RunError, UserError
 from megalite.mesh import AXES
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 MANIFEST = "manifest.json"
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames inside `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,7 +90,7 @@ class CheckpointStore:
                     os.rename(path, target)
                     moved.append(target.name)
             if moved:
-                sync_folder(self.folder)
+                sync(self.folder)
             return moved
 
         return list(self.comm.on_rank_zero(rename))
@@ -124,11 +116,11 @@ class CheckpointStore:
             files["trainer.json"] = describe_file(part / "trainer.json")
             manifest = {"format": "megalite-checkpoint", "version": 1, "files": dict(sorted(files.items()))}
             write_json(part / MANIFEST, manifest)
-            sync_folder(part)
+            sync(part)
             if final.exists():
                 discard(final)
             os.rename(part, final)
-            sync_folder(self.folder)
+            sync(self.folder)
             self._prune(final)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)

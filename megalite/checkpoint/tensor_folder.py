@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megalite.disk import sync
 from megalite.errors import RunError, UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -118,20 +119,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield part
         for file in [*part.iterdir(), part]:
-            _sync(file)
+            sync(file)
         os.replace(part, path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _weight_map(folder: Path) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megalite.disk import sync
 from megalite.errors import UserError
 
 TEMPORARY = ".tmp-"
@@ -70,12 +71,3 @@ def load_array(path: Path) -> np.ndarray:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError) as error:
         raise UserError(f"data.cache: {path} cannot be read ({error}); remove its folder") from error
-
-
-def sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

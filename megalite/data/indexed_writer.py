@@ -9,8 +9,9 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from megalite.data.files import TEMPORARY, sync, writing
+from megalite.data.files import TEMPORARY, writing
 from megalite.data.indexed import BLOCK, CODES, HEADER, MAGIC, data_path, index_path
+from megalite.disk import sync
 from megalite.errors import UserError
 
 

@@ -2,9 +2,9 @@
 
 import gzip
 import json
-import os
 from pathlib import Path
 
+from megalite.disk import replace_text
 from megalite.progress import Progress
 from megalite.report.ngram import KneserNey
 
@@ -47,7 +47,5 @@ def write_baselines(
         "validation_tokens": validation_tokens,
         "validation_bytes": len(valid),
     }
-    temporary = run_dir / "baselines.json.tmp"
-    temporary.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, run_dir / "baselines.json")
+    replace_text(run_dir / "baselines.json", json.dumps(measured, indent=2) + "\n")
     return measured

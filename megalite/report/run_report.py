@@ -2,12 +2,12 @@
 
 import html
 import json
-import os
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+from megalite.disk import replace_text
 from megalite.progress import duration, quantity
 from megalite.report.page import page, section, table, tiles
 from megalite.report.run_folder import Row, RunFolder, number, read_run
@@ -22,9 +22,7 @@ def write_report(run_dir: Path) -> Path:
     """Write run_dir/report.html (atomically) and return its path. Raises UserError when it is no run folder."""
     run = read_run(Path(run_dir))
     target = run.path / "report.html"
-    temporary = run.path / "report.html.tmp"
-    temporary.write_text(render(run), encoding="utf-8")
-    os.replace(temporary, target)
+    replace_text(target, render(run))
     return target
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from megalite.config.load import config_yaml
 from megalite.config.schema import Config
+from megalite.disk import replace_text
 from megalite.errors import UserError
 
 VERSIONS_OF = ("torch", "numpy", "hydra-core", "tokenizers", "triton", "deepspeed", "flash-attn", "wandb")
@@ -61,8 +62,8 @@ class RunFolder:
         """Write what is about to run: config.yaml and environment.json."""
         content = environment(facts, start_step)
         try:
-            write_text(self.path / "config.yaml", config_yaml(config))
-            write_text(self.path / "environment.json", json.dumps(content, indent=1, default=str))
+            replace_text(self.path / "config.yaml", config_yaml(config))
+            replace_text(self.path / "environment.json", json.dumps(content, indent=1, default=str))
         except OSError as error:
             self.abandon()
             raise cannot_write(self.path, error) from error
@@ -76,13 +77,6 @@ def check_free_space(path: Path, checkpoint_bytes: int) -> None:
             f"run.dir: a checkpoint needs {checkpoint_bytes / 1e9:.3f} GB and {path} has {free / 1e9:.3f} GB free;"
             " free space or choose another run.dir"
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def environment(facts: dict[str, Any], start_step: int) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """What a finished run leaves for a reader: sample.txt, baselines.json and report.html."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from megalite.disk import replace_text
 from megalite.errors import UserError
 from megalite.report.baselines import write_baselines
 from megalite.report.run_report import write_report
@@ -70,7 +70,5 @@ def write_sample(trainer: TrainerView, prompt: str) -> Path:
             vocab=tokenizer.vocab,
         )
     target = trainer.run_dir / "sample.txt"
-    temporary = target.with_name("sample.txt.part")
-    temporary.write_text(prompt + tokenizer.decode(new), encoding="utf-8")
-    os.replace(temporary, target)
+    replace_text(target, prompt + tokenizer.decode(new))
     return target
