@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 
 from megalite.config import schema
-from megalite.config.options import parse_options
+from megalite.config.options import HelpRequested, parse_options
 from megalite.config.schema import Config
 from megalite.data.build import build_dataset
 from megalite.data.corpus import embedded_corpus
@@ -137,4 +137,7 @@ def show(what: str, amount: float, ours: list[float], theirs: list[float]) -> No
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except HelpRequested as text:
+        print(text)

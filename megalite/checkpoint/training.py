@@ -11,6 +11,7 @@ from megalite.checkpoint.store import MANIFEST, complete_steps, verify
 from megalite.checkpoint.stored_model import StoredModel
 from megalite.config.build import build
 from megalite.config.schema import Config
+from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import UserError
 
 
@@ -49,6 +50,8 @@ def open_training(path: Path) -> StoredModel:
         load_tensors(checkpoint, wanted, None, also_stored=("model.", "optim."))
         return wanted[f"model.{name}"]
 
+    tokenizer = checkpoint.parent.parent / "tokenizer.json"
+    end = load_tokenizer(str(tokenizer)).eod if tokenizer.is_file() else None
     return StoredModel(
         config=config.model,
         vocab=counters["vocab"],
@@ -56,6 +59,7 @@ def open_training(path: Path) -> StoredModel:
         dtype=next(iter(entries.values())).properties.dtype,
         tensor=tensor,
         folder=checkpoint.parent.parent,
+        special_tokens={} if end is None else {"bos_token_id": end, "eos_token_id": end},
     )
 
 

@@ -30,7 +30,7 @@ class CheckpointOptions:
 
 
 def inspect(arguments: Sequence[str]) -> int:
-    options = parse_options(CheckpointOptions, arguments, "Usage: megalite checkpoint inspect checkpoint=FOLDER")
+    options = parse_options(CheckpointOptions, arguments, "Usage: megalite checkpoint inspect FOLDER", ("checkpoint",))
     from megalite.checkpoint.training import describe
 
     print(describe(Path(options.checkpoint)))
@@ -38,7 +38,7 @@ def inspect(arguments: Sequence[str]) -> int:
 
 
 def verify(arguments: Sequence[str]) -> int:
-    options = parse_options(CheckpointOptions, arguments, "Usage: megalite checkpoint verify checkpoint=FOLDER")
+    options = parse_options(CheckpointOptions, arguments, "Usage: megalite checkpoint verify FOLDER", ("checkpoint",))
     from megalite.checkpoint.store import verify as verify_digests
     from megalite.checkpoint.training import find_checkpoint
 

@@ -9,7 +9,7 @@ from megalite.config.schema import key
 from megalite.errors import UserError
 from megalite.world import join, leave, world_from_environment
 
-USAGE = "Usage: megalite eval run=runs/NAME [checkpoint=step_00000100] [key=value ...]"
+USAGE = "Usage: megalite eval runs/NAME [checkpoint=step_00000100] [key=value ...]"
 
 
 @dataclass
@@ -20,7 +20,7 @@ class EvalOptions:
 
 
 def run(arguments: list[str]) -> int:
-    options = parse_options(EvalOptions, arguments, USAGE)
+    options = parse_options(EvalOptions, arguments, USAGE, positional=("run",))
     world = world_from_environment()
     from megalite.train.standalone import evaluate_run
 

@@ -14,6 +14,7 @@ USAGE = """Usage: megalite generate checkpoint=PATH [prompt=TEXT] [key=value ...
   megalite generate checkpoint=runs/quickstart prompt="def " max_tokens=200
   megalite generate checkpoint=exported/model temperature=0
 
+Sampling starts at an end-of-document token, then the prompt.
 The text goes to stdout, prompt included. The same seed gives the same text."""
 
 

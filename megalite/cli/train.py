@@ -12,7 +12,7 @@ Pretrain a model; started again, it goes on from the run folder's newest complet
 
   megalite train experiment=quickstart
   torchrun --nproc-per-node 2 -m megalite train experiment=quickstart optim.lr=1e-3
-  megalite train --config-dir runs/quickstart --config-name config     repeat a run
+  megalite train --config-dir runs/quickstart --config-name config run.name=again     repeat a run
   megalite train --multirun optim.lr=1e-3,2e-3                        one run after the other
   megalite train experiment=quickstart --cfg job                      print the configuration, run nothing
 

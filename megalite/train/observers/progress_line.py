@@ -53,6 +53,8 @@ class ProgressLine(Callback):
         if event.get("kind") in ("skip", "warning", "interrupt"):
             details = ", ".join(f"{name}={value}" for name, value in event.items() if name not in ("kind", "message"))
             self._say(f"{event['kind']}: {event.get('message') or details}")
+        elif event.get("kind") == "resume" and event.get("changed"):
+            self._say(f"resumed with other values: {', '.join(event['changed'])}")
 
     def on_end(self, trainer: TrainerView) -> None:
         if self._live is not None:
