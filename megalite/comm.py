@@ -59,10 +59,6 @@ class Communicator:
         if group is not None:
             dist.broadcast(tensor, self.mesh.ranks(*axes)[0], group)
 
-    def barrier(self) -> None:
-        """Wait for every rank of the world."""
-        self.all_reduce(torch.zeros(1), *AXES)
-
     def broadcast_json(self, value: Any) -> Any:
         """Rank 0's value on every rank; as JSON, which cannot carry code as a pickle can."""
         if self.mesh.world_size == 1:
