@@ -1,9 +1,11 @@
-"""Who is where: the only place that turns ranks into groups. Process groups are made when first asked for.
+"""Who is where: the only place that turns ranks into groups. Process groups are made when first asked for, once.
 
-Axes, outermost first: pp (pipeline), dp (data), cp (context), tp (tensor, so that its ranks are neighbours).
+Axes: pp (pipeline), dp (data), cp (context), tp (tensor); by default in this order, so that tp ranks are neighbours.
+cp is ring x ulysses, two axes of their own for the two ways of spreading attention. Experts see the ranks of a pipeline
+stage folded anew as edp x ep x etp (arXiv:2504.14960), so that their layout need not follow that of attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -11,69 +13,130 @@ from math import prod
 import torch.distributed as dist
 
 AXES = ("pp", "dp", "cp", "tp")
+EXPERT_AXES = ("edp", "ep", "etp")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """`sizes`: ranks along each axis of AXES; their product is the world size. `rank`: this process."""
+    """`sizes`: ranks along each axis of AXES; their product is the world size. `rank`: this process.
+
+    `ulysses`: the part of cp that spreads heads (the rest is the ring). `ep`, `etp`: of the ranks of a stage, so many
+    hold different experts, and different parts of one. `order`: axes of AXES, outermost first.
+    """
 
     sizes: dict[str, int]
     rank: int = 0
-    _groups: dict[tuple[str, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
+    ulysses: int = 1
+    ep: int = 1
+    etp: int = 1
+    order: tuple[str, ...] = AXES
+    _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert tuple(self.sizes) == AXES, f"axes must be {AXES} in this order, not {tuple(self.sizes)}"
+        assert sorted(self.order) == sorted(AXES), f"order must name each of {AXES} once, not {self.order}"
         assert 0 <= self.rank < self.world_size, f"rank {self.rank} outside a world of {self.world_size}"
+        assert self.sizes["cp"] % self.ulysses == 0, f"ulysses {self.ulysses} does not divide cp {self.sizes['cp']}"
+        assert self._stage_ranks % (self.ep * self.etp) == 0, f"ep x etp does not divide {self._stage_ranks} ranks"
 
     @property
     def world_size(self) -> int:
         return prod(self.sizes.values())
 
+    @property
+    def _stage_ranks(self) -> int:
+        return self.world_size // self.sizes["pp"]
+
+    def _extent(self, axis: str) -> int:
+        """Ranks along one axis that is not put together from others."""
+        if axis in EXPERT_AXES:
+            return {"ep": self.ep, "etp": self.etp, "edp": self._stage_ranks // (self.ep * self.etp)}[axis]
+        parts = {"ring": self.sizes["cp"] // self.ulysses, "ulysses": self.ulysses}
+        return parts[axis] if axis in parts else self.sizes[axis]
+
     def size(self, *axes: str) -> int:
-        return prod(self.sizes[axis] for axis in axes)
+        return prod(self._extent(axis) for axis in _parts(axes))
 
     def coordinates(self, rank: int | None = None) -> dict[str, int]:
         """Position on every axis of `rank` (default: this process)."""
         remaining, position = self.rank if rank is None else rank, {}
-        for axis in reversed(AXES):
-            remaining, position[axis] = divmod(remaining, self.sizes[axis])
+        for axis in reversed(_parts(self.order)):
+            remaining, position[axis] = divmod(remaining, self._extent(axis))
+        position["cp"] = position["ring"] * self.ulysses + position["ulysses"]
+        inside = 0
+        for axis in self._inside_a_stage():
+            inside = inside * self._extent(axis) + position[axis]
+        for axis in reversed(EXPERT_AXES):
+            inside, position[axis] = divmod(inside, self._extent(axis))
         return position
+
+    def rank_at(self, position: dict[str, int]) -> int:
+        """The rank at a position on pp, dp, ring, ulysses and tp, or on pp and the expert axes."""
+        if "edp" in position:
+            inside, position = 0, dict(position)
+            for axis in EXPERT_AXES:
+                inside = inside * self._extent(axis) + position[axis]
+            for axis in reversed(self._inside_a_stage()):
+                inside, position[axis] = divmod(inside, self._extent(axis))
+        rank = 0
+        for axis in _parts(self.order):
+            rank = rank * self._extent(axis) + position[axis]
+        return rank
 
     def index(self, *axes: str) -> int:
         """This rank's place inside its group over `axes`, the first axis outermost."""
         here, place = self.coordinates(), 0
-        for axis in axes:
-            place = place * self.sizes[axis] + here[axis]
+        for axis in _parts(axes):
+            place = place * self._extent(axis) + here[axis]
         return place
 
-    def all_ranks(self, axes: Sequence[str]) -> list[list[int]]:
-        """Every group over `axes`, in a fixed order; each is the ranks that differ on those axes only."""
-        strides, stride = {}, 1
-        for axis in reversed(AXES):
-            strides[axis] = stride
-            stride *= self.sizes[axis]
-
-        def offsets(chosen: Sequence[str]) -> list[int]:
-            steps = product(*(range(self.sizes[axis]) for axis in chosen))
-            return [sum(i * strides[axis] for i, axis in zip(step, chosen, strict=True)) for step in steps]
-
-        others = [axis for axis in AXES if axis not in axes]
-        return [[base + offset for offset in offsets(axes)] for base in offsets(others)]
-
     def ranks(self, *axes: str) -> list[int]:
-        """The ranks of this process's group over `axes`."""
-        return next(ranks for ranks in self.all_ranks(axes) if self.rank in ranks)
+        """The ranks of this process's group over `axes`: those that differ from it on these axes only."""
+        return self._members(_parts(axes), self.coordinates())
 
-    def group(self, *axes: str) -> dist.ProcessGroup | None:
-        """This rank's process group over `axes`, made once; all ranks must ask at the same point. None: alone."""
-        if self.size(*axes) == 1:
+    def all_ranks(self, axes: Sequence[str]) -> list[list[int]]:
+        """Every group over `axes`, in a fixed order."""
+        chosen = _parts(axes)
+        others = [axis for axis in self._view(chosen) if axis not in chosen]
+        return [
+            self._members(chosen, dict(zip(others, place, strict=True)))
+            for place in product(*(range(self._extent(axis)) for axis in others))
+        ]
+
+    def group(self, *axes: str, places: Sequence[int] | None = None) -> dist.ProcessGroup | None:
+        """This rank's process group over `axes`, or over `places` of it; made once, by its members. None: alone."""
+        ranks = self.ranks(*axes)
+        if places is not None:
+            ranks = [ranks[place] for place in places]
+        if len(ranks) == 1:
             return None
-        if axes not in self._groups:
-            if self.size(*axes) == self.world_size:
-                self._groups[axes] = dist.group.WORLD  # type: ignore[assignment]
-            else:
-                for ranks in self.all_ranks(axes):
-                    made = dist.new_group(ranks)
-                    if self.rank in ranks:
-                        self._groups[axes] = made
-        return self._groups[axes]
+        assert self.rank in ranks, f"rank {self.rank} asked for a group of others: {ranks}"
+        key = tuple(ranks)
+        if key not in self._groups:
+            whole = ranks == list(range(self.world_size))
+            # Stages of a pipeline ask for different groups, so only the members of a group meet to make it.
+            made = dist.group.WORLD if whole else dist.new_group(ranks, use_local_synchronization=True)
+            assert made is not None
+            self._groups[key] = made
+        return self._groups[key]
+
+    def _inside_a_stage(self) -> list[str]:
+        return [axis for axis in _parts(self.order) if axis != "pp"]
+
+    def _view(self, axes: Sequence[str]) -> list[str]:
+        """The axes that together name a rank and among which `axes` are."""
+        if any(axis in EXPERT_AXES for axis in axes):
+            assert all(axis in ("pp", *EXPERT_AXES) for axis in axes), f"{axes} mixes two foldings of the ranks"
+            return ["pp", *EXPERT_AXES]
+        return _parts(self.order)
+
+    def _members(self, axes: Sequence[str], here: dict[str, int]) -> list[int]:
+        fixed = {axis: here[axis] for axis in self._view(axes) if axis not in axes}
+        places = product(*(range(self._extent(axis)) for axis in axes))
+        return [self.rank_at(fixed | dict(zip(axes, place, strict=True))) for place in places]
+
+
+def _parts(axes: Sequence[str]) -> list[str]:
+    """The same axes with cp as the two it is made of."""
+    parts: Iterator[tuple[str, ...]] = (("ring", "ulysses") if axis == "cp" else (axis,) for axis in axes)
+    return [part for several in parts for part in several]

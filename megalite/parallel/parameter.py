@@ -5,12 +5,14 @@ matches parameter names. Initial values depend on the seed and the logical name 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import nn
+
+from megalite.mesh import Mesh
 
 Role = Literal["matrix", "embedding", "head", "position", "norm", "bias"]
 BLOCK_ROWS = 1024
@@ -19,21 +21,55 @@ BLOCK_ROWS = 1024
 
 @dataclass(frozen=True)
 class Declaration:
-    """`shape`: logical (unsharded). `std`: of normal initial values; 0: `constant`. `shard`: mesh axis -> dim."""
+    """`shape`: logical (unsharded). `std`: of normal initial values; 0: `constant`. `shard`: mesh axis -> dim.
+
+    `sees`: what one rank of a tp group applies a parameter to that is not sharded over tp: "tokens" of the residual
+    stream (all of them, or its part under sequence parallelism), or its own "heads" (then its gradient is always a term
+    of a sum over tp).
+    """
 
     shape: tuple[int, ...]
     role: Role
     std: float = 0.0
     constant: float = 0.0
     shard: Mapping[str, int] = field(default_factory=dict)
+    sees: Literal["tokens", "heads"] = "tokens"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """This rank's part of a logical tensor, and who else has what of it.
+
+    The part is the box `offsets`, `shape` of the logical tensor. `replicas`: mesh axes whose ranks hold the same part
+    but see other samples or positions, so that gradients are summed over them. `partial`: further axes to sum over.
+    `tied`: places along pp of all stages that hold a copy; their gradients are summed too. `counted`: this rank's copy
+    is the one that a norm counts and a checkpoint stores (leaving the replicas aside).
+    """
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    replicas: tuple[str, ...] = ("dp", "cp")
+    partial: tuple[str, ...] = ()
+    tied: tuple[int, ...] = ()
+    counted: bool = True
 
 
 def declare(
-    *shape: int, role: Role, std: float = 0.0, constant: float = 0.0, shard: Mapping[str, int] | None = None
+    *shape: int,
+    role: Role,
+    std: float = 0.0,
+    constant: float = 0.0,
+    shard: Mapping[str, int] | None = None,
+    sees: Literal["tokens", "heads"] = "tokens",
 ) -> nn.Parameter:
     """A parameter on torch's current default device and dtype (meta while a model is built), with its declaration."""
-    parameter = nn.Parameter(torch.empty(*shape))
-    parameter.declaration = Declaration(tuple(shape), role, std, constant, dict(shard or {}))  # type: ignore[attr-defined]
+    declared = Declaration(tuple(shape), role, std, constant, dict(shard or {}), sees)
+    return _attach(torch.empty(*shape), declared, Placement((0,) * len(shape), tuple(shape)))
+
+
+def _attach(values: torch.Tensor, declared: Declaration, placed: Placement) -> nn.Parameter:
+    parameter = nn.Parameter(values)
+    parameter.declaration, parameter.placement = declared, placed  # type: ignore[attr-defined]
     return parameter
 
 
@@ -41,32 +77,84 @@ def declaration(parameter: nn.Parameter) -> Declaration:
     return parameter.declaration  # type: ignore[attr-defined]
 
 
-def declared_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Declaration]]:
+def placement(parameter: nn.Parameter) -> Placement:
+    return parameter.placement  # type: ignore[attr-defined]
+
+
+def part(size: int, ranks: int, index: int) -> tuple[int, int]:
+    """[start, stop) of the `index`-th of `ranks` nearly equal parts of `size`; equal where `ranks` divides it."""
+    return size * index // ranks, size * (index + 1) // ranks
+
+
+def place(declared: Declaration, mesh: Mesh, sp: bool, tied: Sequence[int] = ()) -> Placement:
+    """Where this rank's part lies. `sp`: the residual stream is spread over tp. `tied`: pp places with a copy."""
+    offsets, shape = [0] * len(declared.shape), list(declared.shape)
+    for axis, dim in declared.shard.items():
+        start, stop = part(declared.shape[dim], mesh.size(axis), mesh.index(axis))
+        offsets[dim], shape[dim] = start, stop - start
+    partial: tuple[str, ...] = ()
+    whole = "tp" not in declared.shard and mesh.size("tp") > 1
+    if whole and (sp or declared.sees == "heads"):
+        partial = ("tp",)
+    counted = not (whole and mesh.index("tp") > 0) and (not tied or mesh.index("pp") == tied[0])
+    return Placement(tuple(offsets), tuple(shape), ("dp", "cp"), partial, tuple(tied), counted)
+
+
+def shard_parameters(module: nn.Module, mesh: Mesh, sp: bool, tied: Mapping[nn.Parameter, Sequence[int]]) -> None:
+    """Cut every parameter of a module on the meta device down to this rank's part."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is None:
+                continue
+            if parameter not in made:
+                declared = declaration(parameter)
+                placed = place(declared, mesh, sp, tied.get(parameter, ()))
+                made[parameter] = _attach(parameter.new_empty(placed.shape), declared, placed)
+            owner._parameters[name] = made[parameter]
+
+
+def declared_parameters(
+    modules: nn.Module | Iterable[nn.Module],
+) -> Iterator[tuple[str, nn.Parameter, Declaration]]:
     """(logical name, parameter, declaration) in definition order; a tied parameter once, under its first name."""
-    for name, parameter in module.named_parameters():
-        yield name, parameter, declaration(parameter)
+    seen: set[nn.Parameter] = set()
+    for module in [modules] if isinstance(modules, nn.Module) else modules:
+        for name, parameter in module.named_parameters():
+            if parameter not in seen:
+                seen.add(parameter)
+                yield name, parameter, declaration(parameter)
 
 
-def initial_values(declared: Declaration, name: str, seed: int) -> torch.Tensor:
-    """The logical tensor's initial values, float32 on the CPU."""
+def initial_values(declared: Declaration, name: str, seed: int, placed: Placement | None = None) -> torch.Tensor:
+    """Initial values of this rank's part (default: of the whole logical tensor), float32 on the CPU."""
+    box = placed or Placement((0,) * len(declared.shape), declared.shape)
     if declared.std == 0.0:
-        return torch.full(declared.shape, declared.constant)
-    values = torch.empty(declared.shape)
-    for start in range(0, declared.shape[0], BLOCK_ROWS):
-        digest = hashlib.blake2b(f"{seed}/{name}/{start // BLOCK_ROWS}".encode(), digest_size=8).digest()
+        return torch.full(box.shape, declared.constant)
+    values = torch.empty(box.shape)
+    first, rows = box.offsets[0], box.shape[0]
+    columns = tuple(slice(o, o + n) for o, n in zip(box.offsets[1:], box.shape[1:], strict=True))
+    for block in range(first // BLOCK_ROWS, -(-(first + rows) // BLOCK_ROWS)):
+        start, stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, declared.shape[0])
+        digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
-        values[start : start + BLOCK_ROWS].normal_(0.0, declared.std, generator=generator)
+        drawn = torch.empty(stop - start, *declared.shape[1:]).normal_(0.0, declared.std, generator=generator)
+        low, high = max(start, first), min(stop, first + rows)
+        values[low - first : high - first] = drawn[low - start : high - start][(slice(None), *columns)]
     return values
 
 
 @torch.no_grad()
-def materialize(module: nn.Module, device: torch.device, seed: int, dtype: torch.dtype) -> None:
-    """Move a module built on the meta device to `device`, each parameter in `dtype` with its initial values."""
-    for owner in module.modules():
+def materialize(modules: nn.Module | Sequence[nn.Module], device: torch.device, seed: int, dtype: torch.dtype) -> None:
+    """Move modules built on the meta device to `device`, each parameter in `dtype` with its initial values."""
+    modules = [modules] if isinstance(modules, nn.Module) else modules
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in (owner for module in modules for owner in module.modules()):
         for name, parameter in list(owner._parameters.items()):
             if parameter is not None and parameter.is_meta:
-                empty = nn.Parameter(torch.empty_like(parameter, device=device, dtype=dtype))
-                empty.declaration = declaration(parameter)  # type: ignore[attr-defined]
-                owner._parameters[name] = empty
-    for name, parameter, declared in declared_parameters(module):
-        parameter.copy_(initial_values(declared, name, seed))
+                if parameter not in made:
+                    empty = torch.empty_like(parameter, device=device, dtype=dtype)
+                    made[parameter] = _attach(empty, declaration(parameter), placement(parameter))
+                owner._parameters[name] = made[parameter]
+    for name, parameter, declared in declared_parameters(modules):
+        parameter.copy_(initial_values(declared, name, seed, placement(parameter)))
