@@ -55,6 +55,8 @@ def convert(leaf: Leaf, value: Any) -> Any:
         if leaf.optional:
             return None
         raise ValueError(f"{leaf.path}=null: expects {leaf.type_name}")
+    if isinstance(value, bool) and str(value).lower() in leaf.choices:  # a choice that YAML reads as a truth value
+        return str(value).lower()
     result = _convert(leaf.kind, leaf.item, value)
     if result is None:
         raise ValueError(f"{leaf.path}={value}: expects {leaf.type_name}")

@@ -27,7 +27,11 @@ class TrainConfig:
     seed: int = key(1234, "Fixes initial weights and data order, whatever the layout; below 2**32.", minimum=0)
     micro_batch: int = key(4, "Sequences a rank computes at once.", minimum=1)
     global_batch: int = key(8, "Sequences a step over all ranks; accumulation is derived.", minimum=1)
-    deterministic: bool = key(True, "Use only algorithms that give the same bits on every run of the same layout.")
+    deterministic: str = key(
+        "true",
+        "'true': the same bits on every run of the same layout; 'layout': on every layout with the same tp, cp and pp too, whatever dp, zero and buckets (slower); 'false': any algorithm.",
+        choices=("true", "false", "layout"),
+    )
     z_loss: float = key(0.0, "Weight of the squared log-partition penalty on the logits.", minimum=0)
     compile: bool = key(False, "torch.compile each transformer block (slow first step, faster later ones).")
     threads: int = key(0, "CPU threads a process; 0: this host's cores divided by its local ranks.", minimum=0)
@@ -114,7 +118,7 @@ class ModelConfig:
 class OptimConfig:
     name: str = key("adamw", "Update rule.", choices=("adamw", "muon", "sgd"))
     lr: float = key(3e-4, "Peak learning rate.", minimum=0)
-    schedule: str = key("cosine", "Shape of the learning rate after warm-up.", choices=("cosine", "wsd", "linear", "constant"))
+    schedule: str = key("cosine", "Shape of the learning rate after warm-up.", choices=("cosine", "wsd", "linear", "inverse_sqrt", "constant"))
     warmup_steps: int = key(0, "Steps of linear warm-up.", minimum=0)
     decay_steps: int = key(0, "wsd: steps of the final decay; 0: a fifth of train.steps.", minimum=0)
     min_lr_ratio: float = key(0.1, "Final learning rate as a share of the peak.", minimum=0)
@@ -132,13 +136,29 @@ class OptimConfig:
 class ParallelConfig:
     dp: int = key(-1, "Data-parallel ranks; -1: what the other axes leave.")
     tp: int = key(1, "Tensor-parallel ranks.", minimum=1)
-    sp: bool = key(False, "Sequence parallelism inside the tp group.")
+    sp: bool = key(False, "Sequence parallelism: between the tp ranks' products, each holds a part of the sequence.")
+    overlap: bool = key(False, "With sp: gather the sequence in pieces while the product runs.")
     cp: int = key(1, "Context-parallel ranks.", minimum=1)
-    pp: int = key(1, "Pipeline stages.", minimum=1)
+    cp_kind: str = key(
+        "ring",
+        "How attention spans cp ranks: keys and values travel a ring, heads are spread by all-to-all (Ulysses), or both.",
+        choices=("ring", "ulysses", "hybrid"),
+    )
+    ulysses: int = key(0, "hybrid: ranks of cp that spread heads, the rest is the ring; 0: as many as the heads allow.", minimum=0)
+    pp: int = key(1, "Pipeline-parallel ranks.", minimum=1)
+    chunks: int = key(1, "Pipeline stages a rank.", minimum=1)
+    schedule: str = key("1f1b", "Pipeline schedule: a name, or the path of a .csv file as torch.distributed.pipelining writes them.")
+    group_size: int = key(0, "interleaved: microbatches through a stage before the rank's next one; 0: as even as can be, at least pp.", minimum=0)
+    layers: str | None = key(None, "Layers of each stage, such as 7,8,8,7; 'auto': by cost, with embedding and head counted; null: as even as can be.")
+    order: str = key("pp,dp,cp,tp", "The axes over the ranks, outermost first: ranks of the last one are neighbours.")
     ep: int = key(1, "Expert-parallel ranks.", minimum=1)
     etp: int = key(1, "Tensor-parallel ranks inside an expert.", minimum=1)
+    engine: str = key("megalite", "Who spreads data parallelism and zero.", choices=("megalite", "deepspeed"))
     zero: int = key(0, "What data parallelism shards: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights.", choices=(0, 1, 2, 3))
+    shard_ranks: int = key(0, "zero 3: ranks of dp x cp that share one copy, such as those of a node (HSDP); 0: all.", minimum=0)
+    offload: bool = key(False, "deepspeed: the optimizer's state and step on the host.")
     bucket_mb: float = key(25.0, "Size of a gradient bucket.", minimum=0)
+    check: bool = key(False, "Compare each collective's op, shape and dtype across its ranks before it runs (slow; finds who differs).")
 
 
 @dataclass
@@ -153,6 +173,8 @@ class RecomputeConfig:
         "What backward computes again instead of keeping: the MLP's activation function; with attention; whole blocks.",
         choices=("none", "activation", "selective", "full"),
     )
+    layers: int = key(1, "Recompute in every n-th layer; 1: in all.", minimum=1)
+    offload: bool = key(False, "Keep activations for backward in host memory.")
 
 
 @dataclass

@@ -30,7 +30,7 @@ def settle_process(config: Config, world: World) -> list[str]:
         if config.train.threads == 0:
             lines.append(f"{threads} threads: {cores} cores over {world.local_size} local processes (train.threads)")
         lines.append(tune_allocator())
-    if config.train.deterministic:
+    if config.train.deterministic != "false":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return lines
