@@ -4,16 +4,16 @@ No torch here: the configuration's rules and the command line read schedules too
 """
 
 from megalite.errors import UserError
-from megalite.pipeline.schedule import fused
+from megalite.pipeline.schedule import fused, wave, zero_bubble
 from megalite.pipeline.schedule.lower import lower
-from megalite.pipeline.schedule.ops import Kind, Op, Schedule, loop_placement
+from megalite.pipeline.schedule.ops import Kind, Op, Schedule, loop_placement, v_placement
 
 __all__ = ["NAMES", "Kind", "Op", "Schedule", "default_chunks", "lower", "make_schedule", "schedule_problems"]
 
-NAMES = ("gpipe", "1f1b", "interleaved", "looped_bfs")
+NAMES = ("gpipe", "1f1b", "interleaved", "looped_bfs", "zb_h1", "zb_h2", "zbv", "dualpipev")
 """What parallel.schedule may be."""
-ONE_CHUNK = ("gpipe", "1f1b")
-TWO_CHUNKS: tuple[str, ...] = ()
+ONE_CHUNK = ("gpipe", "1f1b", "zb_h2")
+TWO_CHUNKS = ("zbv", "dualpipev")
 
 
 def default_chunks(name: str) -> int:
@@ -48,16 +48,29 @@ def make_schedule(name: str, pp: int, chunks: int, microbatches: int, *, group: 
     problems = schedule_problems(name, pp, chunks, microbatches)
     if problems:
         raise UserError(*problems)
-    if name in ("gpipe", "looped_bfs"):
+    if name in TWO_CHUNKS:
+        write = {"zbv": wave.zbv, "dualpipev": wave.dualpipev}[name]
+        rows = [write(rank, pp, microbatches) for rank in range(pp)]
+    elif name in ("gpipe", "looped_bfs"):
         rows = [fused.breadth_first(rank, pp, chunks, microbatches) for rank in range(pp)]
     elif name == "1f1b":
         rows = [fused.one_forward_one_backward(rank, pp, microbatches) for rank in range(pp)]
     else:
-        groups = fused.microbatch_groups(pp, microbatches, group)
-        if min(groups) < min(pp, microbatches):
-            raise UserError(
-                f"group={group}: leaves groups of {min(groups)} of {microbatches} microbatches, smaller than pp {pp},"
-                f" which can wait for each other forever; leave group out for groups as even as can be"
-            )
-        rows = [fused.interleaved(rank, pp, chunks, groups) for rank in range(pp)]
-    return Schedule(name, pp, chunks, microbatches, loop_placement(pp, chunks), tuple(map(tuple, rows)))
+        groups = _groups(pp, microbatches, group)
+        if name == "interleaved":
+            rows = [fused.interleaved(rank, pp, chunks, groups) for rank in range(pp)]
+        else:
+            depth = 1 if name == "zb_h1" else 2
+            rows = [zero_bubble.handcrafted(rank, pp, chunks, groups, depth) for rank in range(pp)]
+    placement = (v_placement if name in TWO_CHUNKS else loop_placement)(pp, chunks)
+    return Schedule(name, pp, chunks, microbatches, placement, tuple(map(tuple, rows)))
+
+
+def _groups(pp: int, microbatches: int, group: int | None) -> list[int]:
+    groups = fused.microbatch_groups(pp, microbatches, group)
+    if min(groups) < min(pp, microbatches):
+        raise UserError(
+            f"group={group}: leaves a group of {min(groups)} of {microbatches} microbatches, smaller than pp {pp}:"
+            " ranks could wait for each other forever; leave group out for groups as even as can be"
+        )
+    return groups
