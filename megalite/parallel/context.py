@@ -75,9 +75,7 @@ class ContextParallel:
             return list(qkv)
         heads, key_heads = qkv[0].shape[2], qkv[1].shape[2]
         if heads % self.ulysses:
-            raise ValueError(
-                f"context parallelism: {heads} query heads do not divide over {self.ulysses} ulysses ranks"
-            )
+            raise ValueError(f"context parallelism: {heads} query heads do not divide by {self.ulysses} ulysses ranks")
         times = self.ulysses // gcd(key_heads, self.ulysses)
         repeated = [qkv[0], *(x.repeat_interleave(times, dim=2) for x in qkv[1:])]
         parts = [x.unflatten(2, (self.ulysses, -1)).movedim(2, 0) for x in repeated]

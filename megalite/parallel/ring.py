@@ -78,13 +78,13 @@ class _RingAttention(torch.autograd.Function):
         own = block = torch.stack((k, v))
         for step, (low, high) in enumerate(spans):
             if step + 1 < ranks:
-                (following,), arriving = comm.rotate([block], "ring")
+                (next_block,), arriving = comm.rotate([block], "ring")
             if seen[step]:
                 part = attention_forward(q, block[0], block[1], low, high, scale, softcap)
                 out, lse = merge((out, lse), part, low < high)
             if step + 1 < ranks:
                 arriving.wait()
-                block = following
+                block = next_block
         out = out.to(q.dtype)
         # 0 instead of -inf for a query that sees nothing, as the kernel has it.
         lse = lse.masked_fill(lse == -math.inf, 0.0)
@@ -94,28 +94,29 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """A block's gradients travel with it and are home after one more turn than the block needs."""
+        """A block's gradients follow it around, one step behind, and need one turn more to be home."""
         q, block, low_BS, high_BS, out, lse = ctx.saved_tensors
         grad_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         grad_block = torch.zeros(block.shape, dtype=lse.dtype, device=q.device)
-        returning = None
         for step, held in enumerate(ctx.pieces):
-            last = step + 1 == len(ctx.pieces)
+            first, last = step == 0, step + 1 == len(ctx.pieces)
             if not last:
-                (following,), arriving = ctx.comm.rotate([block], "ring")
-            grads = None
+                (next_block,), arriving = ctx.comm.rotate([block], "ring")
+            if not first:
+                (grad_block,), returning = ctx.comm.rotate([grad_block], "ring")
             if ctx.seen[step]:
                 low, high = spans_among(low_BS, high_BS, held)
                 grads = attention_backward(q, block[0], block[1], out, lse, grad_out, low, high, ctx.scale, ctx.softcap)
-            if returning is not None:
+            if not first:
                 returning.wait()
-            if grads is not None:
-                for total, grad in zip((grad_q, *grad_block), grads, strict=True):
-                    total += grad
-            (grad_block,), returning = ctx.comm.rotate([grad_block], "ring")
+            if ctx.seen[step]:
+                grad_q += grads[0]
+                grad_block[0] += grads[1]
+                grad_block[1] += grads[2]
             if not last:
                 arriving.wait()
-                block = following
+                block = next_block
+        (grad_block,), returning = ctx.comm.rotate([grad_block], "ring")
         returning.wait()
         grad_k, grad_v = grad_block.to(q.dtype)
         return grad_q.to(q.dtype), grad_k, grad_v, None, None, None, None, None
