@@ -25,8 +25,8 @@ def lower(
 
 def add_sends(schedule: Schedule, durations: Durations | None = None) -> Schedule:
     """A send after each op whose result another rank needs, and its receive there, in one order on both sides."""
-    chunks = schedule.chunks
-    durations = durations or Durations.of_rank(schedule, chunks, chunks, chunks)  # whole numbers: ties stay ties
+    if durations is None:  # whole numbers: ties stay ties
+        durations = Durations.even(schedule.stages)
     events = sorted(simulate(schedule, durations), key=lambda event: event.start)
     steps: list[tuple[float, int, int, list[tuple[int, Op]]]] = []
     for number, event in enumerate(events):

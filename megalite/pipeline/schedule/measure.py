@@ -30,7 +30,7 @@ class Cost:
 
 def measure(schedule: Schedule, durations: Durations | None = None) -> Cost:
     """The schedule's cost; by default with F = I = W = 1 for a rank's share. Raises ValueError on a deadlock."""
-    durations = durations or Durations.of_rank(schedule)
+    durations = durations or Durations.even(schedule.pp, schedule.chunks)
     return cost_of(schedule, simulate(schedule, durations), durations)
 
 

@@ -25,16 +25,17 @@ class Durations:
             raise ValueError("durations of F, I and W are above 0, that of a transfer at least 0")
 
     @classmethod
-    def of_rank(
+    def even(
         cls,
-        schedule: Schedule,
+        pp: int,
+        chunks: int = 1,
         F: float = 1,
         I: float = 1,  # noqa: E741
         W: float = 1,
         transfer: float = 0,
     ) -> "Durations":
         """Equal stages; the times are those of a rank's whole share, all its chunks together."""
-        forward, input_gradient, weight_gradient = ([time / schedule.chunks] * schedule.stages for time in (F, I, W))
+        forward, input_gradient, weight_gradient = ([time / chunks] * (pp * chunks) for time in (F, I, W))
         return cls(forward, input_gradient, weight_gradient, transfer)
 
     def of(self, op: Op) -> float:
@@ -69,7 +70,7 @@ def simulate(schedule: Schedule, durations: Durations | None = None) -> list[Eve
     An overlapped pair takes the sum of both times and needs what both need. Raises ValueError on a deadlock, which
     names each rank's op and what it waits for.
     """
-    durations = durations or Durations.of_rank(schedule)
+    durations = durations or Durations.even(schedule.pp, schedule.chunks)
     rows = [units(row) for row in schedule.rows]
     done: dict[Done, tuple[float, int]] = {}
     place, clock = [0] * schedule.pp, [0.0] * schedule.pp

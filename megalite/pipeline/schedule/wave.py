@@ -1,6 +1,6 @@
-"""Schedules in a V placement, two stages a rank: rank r holds stages r and 2 pp - 1 - r, so rank 0 has both ends.
+"""ZB-V and DualPipeV, in a V placement: rank r holds stages r and 2 pp - 1 - r, so rank 0 has both ends.
 
-Sources: ZB-V (Qi et al. 2024, "Zero Bubble Pipeline Parallelism"), DualPipeV (DeepSeek-AI 2025: DualPipe cut in half).
+Sources: Qi et al. 2024, "Zero Bubble Pipeline Parallelism"; DualPipe cut in half (DeepSeek-AI and Qi et al. 2025).
 Both are written for enough microbatches to fill the pipeline; with fewer, the ops of those that do not exist fall away.
 """
 
