@@ -29,9 +29,9 @@ def zb_auto(pp: int, microbatches: int, limit: int, durations: Durations) -> lis
 
 
 def _candidates(pp: int, microbatches: int, limit: int, durations: Durations) -> Iterator[list[list[Op]]]:
-    for depth, enough in ((1, pp), (2, 2 * pp - 1)):
+    for hops, enough in ((1, pp), (2, 2 * pp - 1)):
         if limit >= min(enough, microbatches):
-            yield [handcrafted(rank, pp, 1, [microbatches], depth) for rank in range(pp)]
+            yield [handcrafted(rank, pp, 1, [microbatches], hops) for rank in range(pp)]
     queues = [[[Op(kind, rank, n) for n in range(microbatches)] for kind in (Kind.I, Kind.F)] for rank in range(pp)]
     for depth in DEPTHS:
         ahead = [limit if depth == math.inf else math.ceil(depth * (pp - 1 - rank)) + 1 for rank in range(pp)]

@@ -1,11 +1,11 @@
-"""From computation alone to what the runtime executes: passes that add sends and receives, reductions, the step.
+"""From computation alone to what the runtime executes: passes that merge backwards, add sends, reductions, the step.
 
 Sends and receives stand where a simulated run has them: one order of all ops of all ranks, in which every send is
 followed at once by its receive. Walking that order can always go on, so nothing deadlocks, even when a send blocks
 until its receiver is there; and every pair of ranks sees its messages in one order.
 """
 
-from megalite.pipeline.schedule.ops import COMPUTE, Kind, Op, Schedule
+from megalite.pipeline.schedule.ops import COMPUTE, SENDS, Kind, Op, Schedule
 from megalite.pipeline.schedule.simulate import Durations, Event, simulate
 
 
@@ -14,13 +14,21 @@ def lower(
 ) -> Schedule:
     """The schedule with all passes applied: recompute and gather where asked, sends, reductions, the optimizer.
 
-    `durations` only decide where sends and receives stand. Raises ValueError when the schedule cannot run.
+    `durations` only decide where sends and receives stand. What a user's file already has stays as it stands there.
+    Raises ValueError when the schedule cannot run.
     """
-    if recompute:
+    there = {op.kind for row in schedule.rows for op in row}
+    if not there & SENDS:
+        schedule = merge_backward(schedule)
+    if recompute and Kind.RECOMPUTE not in there:
         schedule = add_recompute(schedule)
-    if gather:
+    if gather and Kind.GATHER not in there:
         schedule = add_gather(schedule)
-    return add_sends(add_optimizer(add_reduce(schedule)), durations)
+    if Kind.REDUCE_GRAD not in there:
+        schedule = add_reduce(schedule)
+    if Kind.OPTIMIZER not in there:
+        schedule = add_optimizer(schedule)
+    return schedule if there & SENDS else add_sends(schedule, durations)
 
 
 def add_sends(schedule: Schedule, durations: Durations | None = None) -> Schedule:
@@ -112,13 +120,14 @@ def _gathered(row: tuple[Op, ...], kept: int) -> list[Op]:
 
 
 def merge_backward(schedule: Schedule) -> Schedule:
-    """I directly followed by W of the same stage and microbatch becomes B, which computes both in one pass."""
+    """I directly followed by its W becomes B, one pass over the stage, where no other rank waits for the I."""
     rows: list[list[Op]] = []
     for row in schedule.rows:
         merged: list[Op] = []
         for op in row:
-            if op.kind == Kind.W and merged and merged[-1] == Op(Kind.I, op.stage, op.microbatch):
-                merged[-1] = Op(Kind.B, op.stage, op.microbatch, op.overlaps_next)
+            waited_for = op.stage > 0 and schedule.crosses(op.stage - 1)
+            if op.kind == Kind.W and not waited_for and merged and merged[-1] == Op(Kind.I, op.stage, op.microbatch):
+                merged[-1] = Op(Kind.B, op.stage, op.microbatch)
             else:
                 merged.append(op)
         rows.append(merged)

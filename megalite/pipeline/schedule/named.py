@@ -9,6 +9,7 @@ from megalite.pipeline.schedule import fused, wave
 from megalite.pipeline.schedule.auto import zb_auto
 from megalite.pipeline.schedule.ops import Op, Schedule, loop_placement, v_placement
 from megalite.pipeline.schedule.simulate import Durations
+from megalite.pipeline.schedule.text import load_csv
 from megalite.pipeline.schedule.v_half import v_half, v_half_limit
 from megalite.pipeline.schedule.zero_bubble import handcrafted
 
@@ -119,6 +120,8 @@ RECIPES: dict[str, Recipe] = {
 
 def schedule_problems(name: str, pp: int, chunks: int, microbatches: int) -> list[str]:
     """A line for each reason why this schedule cannot be made; each names its key and the nearest legal values."""
+    if name.endswith(".csv"):
+        return _file_problems(name, pp, chunks, microbatches)
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, 1, 0)[0]
         return [f"parallel.schedule={name}: unknown; nearest: {close}; legal: {', '.join(RECIPES)}, or a FILE.csv"]
@@ -136,8 +139,29 @@ def schedule_problems(name: str, pp: int, chunks: int, microbatches: int) -> lis
     return problems
 
 
+def _file_problems(name: str, pp: int, chunks: int, microbatches: int) -> list[str]:
+    try:
+        written = load_csv(name)
+    except UserError as error:
+        return [f"parallel.schedule={line}" for line in error.lines]
+    asked = {"parallel.pp": (pp, written.pp), "parallel.chunks": (chunks, written.chunks)}
+    problems = [
+        f"{key}={value}: parallel.schedule={name} is written for {legal}; set {legal}"
+        for key, (value, legal) in asked.items()
+        if value != legal
+    ]
+    if microbatches != written.microbatches:
+        problems.append(
+            f"train.global_batch: makes {microbatches} microbatches a step, parallel.schedule={name} is written for"
+            f" {written.microbatches}; set train.global_batch to {written.microbatches} x train.micro_batch x dp"
+        )
+    return problems
+
+
 def default_chunks(name: str) -> int:
-    """Stages a rank where the user says nothing: the fewest that the schedule takes."""
+    """Stages a rank where the user says nothing: the fewest that the schedule takes, or what its file has."""
+    if name.endswith(".csv"):
+        return load_csv(name).chunks
     return RECIPES[name].chunks[0] if name in RECIPES else 1
 
 
@@ -149,8 +173,13 @@ def make_schedule(
 
     `group`: microbatches that interleaved and zb_h1 take through a stage before the rank's next stage. `limit`:
     microbatches of activations that zb_auto may keep on a rank. `durations`: of the stages, for those that plan with
-    them (zb_auto, v_half; others ignore them). Raises UserError.
+    them (zb_auto, v_half; others ignore them). A name that ends with .csv is a file. Raises UserError.
     """
+    if name.endswith(".csv"):
+        problems = schedule_problems(name, pp, chunks, microbatches)
+        if problems:
+            raise UserError(*problems)
+        return load_csv(name)
     asked = _request(name, pp, chunks, microbatches, group, limit, durations)
     rows = tuple(map(tuple, RECIPES[name].rows(asked)))
     return Schedule(name, pp, chunks, microbatches, RECIPES[name].placement(pp, chunks), rows)
