@@ -8,8 +8,8 @@ from megalite_kernels.attention import attention
 from megalite_kernels.elementwise import apply_rope, geglu, gelu, gelu_tanh, layer_norm, relu2, rms_norm, swiglu
 from megalite_kernels.embedding import embedding
 from megalite_kernels.explain import explain
-from megalite_kernels.linear import linear
-from megalite_kernels.loss import linear_cross_entropy
+from megalite_kernels.linear import linear, weight_gradient
+from megalite_kernels.loss import linear_cross_entropy, vocabulary_parallel_cross_entropy
 from megalite_kernels.reference import IGNORE_INDEX
 
 __all__ = [
@@ -28,4 +28,6 @@ __all__ = [
     "rms_norm",
     "swiglu",
     "tune_allocator",
+    "vocabulary_parallel_cross_entropy",
+    "weight_gradient",
 ]

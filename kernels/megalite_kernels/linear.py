@@ -15,10 +15,22 @@ from megalite_kernels.capability import emulate_bf16_on_cpu
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x[..., K] · weight[N, K]ᵀ + bias[N] -> [..., N] in x's dtype."""
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and emulate_bf16_on_cpu():
+    if _widened(x):
         y: Tensor = _WidenedLinear.apply(x, weight_NK, bias_N)
         return y
     return F.linear(x, weight_NK, bias_N)
+
+
+def weight_gradient(x: Tensor, grad_y: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient [N, K] of a linear's weight from its input [..., K] and its output's gradient [..., N]."""
+    x_MK, grad_MN = x.flatten(0, -2), grad_y.flatten(0, -2)
+    if _widened(x):
+        x_MK, grad_MN = x_MK.float(), grad_MN.float()
+    return (grad_MN.T @ x_MK).to(dtype)
+
+
+def _widened(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and emulate_bf16_on_cpu()
 
 
 class _WidenedLinear(torch.autograd.Function):
@@ -33,12 +45,11 @@ class _WidenedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_NY = grad_y.reshape(-1, grad_y.shape[-1]).float()
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_NY @ weight.float()).to(x.dtype).view(x.shape)
+            grad_x = (grad_y.float() @ weight.float()).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad_NY.T @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
+            grad_weight = weight_gradient(x, grad_y, weight.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            grad_bias = grad_NY.sum(0).to(ctx.bias_dtype)
+            grad_bias = grad_y.flatten(0, -2).float().sum(0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias

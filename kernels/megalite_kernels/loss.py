@@ -5,6 +5,7 @@ gradients of hidden and weight, so nothing of the size rows × vocabulary surviv
 arXiv:2410.10989). Backward only scales them by the gradient that arrives.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,74 @@ def _check(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> None:
         raise ValueError(f"linear_cross_entropy: needs hidden [N, D], weight [V, D], targets [N], not {shapes}")
 
 
+Combine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From one shard's (log-sum-exp [N], logit of the target or 0 [N]) to those of the whole vocabulary."""
+
+
+def vocabulary_parallel_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    first: int,
+    vocab: int,
+    combine: Combine,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` where this process holds the rows first … of a weight of `vocab` rows: both sums are those
+    of the whole vocabulary, the same on every rank. The gradient of hidden is this shard's term of a sum over ranks.
+
+    `combine` is called for every chunk of rows and communicates two numbers a row; the logits stay where they are.
+    Raises ValueError when the weight is not a shard: replicated logits would be off by the log of the ranks.
+    """
+    _check(hidden_ND, weight_VD, targets_N)
+    if not 0 <= first <= first + weight_VD.shape[0] <= vocab or weight_VD.shape[0] == vocab:
+        raise ValueError(
+            f"vocabulary_parallel_cross_entropy: weight has rows {first} to {first + weight_VD.shape[0]} of {vocab},"
+            " which is no shard of it; give this rank's rows, or use linear_cross_entropy for a whole weight"
+        )
+    result: tuple[Tensor, Tensor] = _VocabularyParallel.apply(
+        hidden_ND, weight_VD, targets_N, first, vocab, combine, float(z_loss), softcap or 0.0, ignore_index,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+    return result
+
+
+class _VocabularyParallel(torch.autograd.Function):
+    """No custom op: `combine` is Python and communicates."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, first: int, vocab: int, combine: Combine,
+        z_weight: float, softcap: float, ignore_index: int, differentiated: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        _check_range(targets, vocab, ignore_index)
+        ctx.constants, ctx.z_weight = (softcap, ignore_index), z_weight
+        ctx.shard = (first, combine)
+        wanted = [differentiated and needed for needed in ctx.needs_input_grad[:2]]
+        nll_sum, z_sum, grad_hidden, grad_weight = _pass(
+            hidden, weight, targets, 1.0, z_weight, softcap, ignore_index, wanted[0], wanted[1], first, combine
+        )
+        if any(wanted):
+            ctx.save_for_backward(hidden, weight, targets, grad_hidden, grad_weight)
+        return nll_sum, z_sum
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, grad_hidden, grad_weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        factor = grad_nll
+        if not _in_proportion(grad_nll, grad_z, ctx.z_weight):
+            factor, upstream = torch.ones_like(grad_nll), (float(grad_nll), float(grad_z))
+            _, _, grad_hidden, grad_weight = _pass(
+                hidden, weight, targets, *upstream, *ctx.constants, *wanted, *ctx.shard
+            )
+        grads = ((grad_hidden * factor).to(hidden.dtype), (grad_weight * factor).to(weight.dtype))
+        return grads[0] if wanted[0] else None, grads[1] if wanted[1] else None, *([None] * 8)
+
+
 def _check_range(targets_N: Tensor, vocab: int, ignore_index: int) -> None:
     """Only where the values lie in this processor's memory: elsewhere reading them would stall the device."""
     if targets_N.device.type == "cpu":
@@ -69,9 +138,17 @@ def chunked(
     ignore_index: int, hidden_grad: bool, weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(nll_sum, z_sum, grad hidden, grad weight) of nll_weight · nll_sum + z_weight · z_sum; empty where not asked."""
+    _check_range(targets_N, weight_VD.shape[0], ignore_index)
+    return _pass(hidden_ND, weight_VD, targets_N, nll_weight, z_weight, softcap, ignore_index, hidden_grad, weight_grad)
+
+
+def _pass(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, nll_weight: float, z_weight: float, softcap: float,
+    ignore_index: int, hidden_grad: bool, weight_grad: bool, first: int = 0, combine: Combine | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`chunked`, for a whole weight or, with `combine`, for the shard that begins at row `first`."""
     rows, width = hidden_ND.shape
     vocab = weight_VD.shape[0]
-    _check_range(targets_N, vocab, ignore_index)
     wide = accumulation_dtype(hidden_ND.dtype)
     # Hardware that multiplies half precision keeps it; everything else multiplies in the accumulation dtype.
     product = wide if hidden_ND.device.type == "cpu" and emulate_bf16_on_cpu() else hidden_ND.dtype
@@ -86,8 +163,9 @@ def chunked(
         hidden = hidden_ND[chosen].to(product)
         logits = torch.mm(hidden, weight.T, out=buffer[: hidden.shape[0]])
         gradient, nll, lse = _rows(
-            logits.to(wide), targets_N[chosen], nll_weight, z_weight, softcap, ignore_index, hidden_grad or weight_grad
-        )
+            logits.to(wide), targets_N[chosen], nll_weight, z_weight, softcap, ignore_index,
+            hidden_grad or weight_grad, first, combine,
+        )  # fmt: skip
         nll_sum += nll.sum()
         z_sum += lse.square().sum()
         if gradient is None:
@@ -102,22 +180,28 @@ def chunked(
 
 
 def _rows(
-    logits: Tensor, targets: Tensor, nll_weight: float, z_weight: float, softcap: float, ignore_index: int, wanted: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
+    logits: Tensor, targets: Tensor, nll_weight: float, z_weight: float, softcap: float, ignore_index: int,
+    wanted: bool, first: int, combine: Combine | None,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """(gradient by the bare product or None, nll, lse) of a chunk's rows, 0 where ignored; may overwrite logits."""
-    if logits.device.type == "cpu" and logits.dtype == torch.float32 and nll_weight == 1.0 and compiled_kernels():
+    native_fits = logits.device.type == "cpu" and logits.dtype == torch.float32 and compiled_kernels()
+    if native_fits and combine is None and nll_weight == 1.0:
         nll, lse = native.cross_entropy(logits, targets.contiguous(), ignore_index, softcap, z_weight, wanted)
         return logits if wanted else None, nll, lse
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
     counted = targets != ignore_index
-    index = torch.where(counted, targets, 0)[:, None]
+    held = counted & (targets >= first) & (targets < first + logits.shape[1])
+    index = torch.where(held, targets - first, 0)[:, None]
     lse = torch.logsumexp(logits, dim=-1)
-    nll = torch.where(counted, lse - logits.gather(-1, index)[:, 0], 0.0)
+    chosen = torch.where(held, logits.gather(-1, index)[:, 0], 0.0)
+    if combine is not None:
+        lse, chosen = combine(lse, chosen)
+    nll = torch.where(counted, lse - chosen, 0.0)
     if not wanted:
         return None, nll, torch.where(counted, lse, 0.0)
     gradient = torch.exp(logits - lse[:, None]) * (nll_weight + 2.0 * z_weight * lse)[:, None]
-    gradient.scatter_add_(-1, index, torch.full_like(index, -nll_weight, dtype=gradient.dtype))
+    gradient.scatter_add_(-1, index, held.to(gradient.dtype)[:, None] * -nll_weight)
     if softcap > 0:
         gradient *= 1.0 - (logits / softcap).square()
     return gradient.masked_fill_(~counted[:, None], 0.0), nll, torch.where(counted, lse, 0.0)
@@ -141,8 +225,7 @@ def chunked_backward(
     grad_nll: Tensor, grad_z: Tensor, z_weight: float, softcap: float, ignore_index: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients made going forward, scaled; made anew when the upstream pair is not in the promised proportion."""
-    # Equal up to rounding: the caller's own product with z_loss may round differently from this one.
-    if torch.allclose(grad_z, grad_nll * z_weight, rtol=4 * torch.finfo(grad_z.dtype).eps, atol=0.0, equal_nan=True):
+    if _in_proportion(grad_nll, grad_z, z_weight):
         factor = grad_nll
     else:
         factor = torch.ones_like(grad_nll)
@@ -152,6 +235,12 @@ def chunked_backward(
             hidden_ND, weight_VD, targets_N, *upstream, softcap, ignore_index, *wanted
         )
     return (grad_hidden * factor).to(hidden_ND.dtype), (grad_weight * factor).to(weight_VD.dtype)
+
+
+def _in_proportion(grad_nll: Tensor, grad_z: Tensor, z_weight: float) -> bool:
+    """Equal up to rounding: the caller's own product with z_loss may round differently from this one."""
+    rtol = 4 * torch.finfo(grad_z.dtype).eps
+    return torch.allclose(grad_z, grad_nll * z_weight, rtol=rtol, atol=0.0, equal_nan=True)
 
 
 @chunked_backward.register_fake

@@ -12,11 +12,15 @@ from megalite.model.linear import Linear
 from megalite.model.norm import RMSNorm
 from megalite.model.rope import Rotation
 from megalite.model.size import head_dim, kv_heads, layer_windows
+from megalite.parallel.context import ContextParallel
+from megalite.parallel.tensor import ALONE, TensorParallel
 
 
 class Context(NamedTuple):
-    """What every layer of one forward pass shares. Rotations are None without RoPE."""
+    """What every layer of one forward pass shares. Rotations are None without RoPE; documents number the tokens of
+    whole rows, also where context parallelism gives this rank a part of them."""
 
+    batch: int
     rotation: Rotation | None
     local_rotation: Rotation | None  # of layers with a sliding window
     documents_BS: Tensor | None
@@ -44,14 +48,17 @@ class Attention(nn.Module):
         self.value = Linear(hidden, kv_rows, split="outputs", std=std, bias=bias)
         self.output = Linear(query_rows, hidden, split="inputs", std=output_std, bias=config.output_bias)
         if config.qk_norm:
-            self.query_norm = RMSNorm(self.head_dim, config.norm_eps, config.norm_zero_centered)
-            self.key_norm = RMSNorm(self.head_dim, config.norm_eps, config.norm_zero_centered)
-        self.qk_norm = config.qk_norm
+            self.query_norm = RMSNorm(self.head_dim, config.norm_eps, config.norm_zero_centered, sees="heads")
+            self.key_norm = RMSNorm(self.head_dim, config.norm_eps, config.norm_zero_centered, sees="heads")
+        self.qk_norm, self.heads, self.kv_heads = config.qk_norm, config.heads, kv_heads(config)
+        self.tp: TensorParallel = ALONE
+        self.cp: ContextParallel | None = None
 
-    def forward(self, x_BSE: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x_BSE = self.tp.enter(x).reshape(context.batch, -1, x.shape[-1])
         q_BSHD = self.query(x_BSE).unflatten(-1, (-1, self.head_dim))
-        k_BSKD = self.key(x_BSE).unflatten(-1, (-1, self.head_dim))
-        v_BSKD = self.value(x_BSE).unflatten(-1, (-1, self.head_dim))
+        k_BSKD = self.tp.heads(self.key(x_BSE), self.kv_heads, self.head_dim, self.heads)
+        v_BSKD = self.tp.heads(self.value(x_BSE), self.kv_heads, self.head_dim, self.heads)
         if self.qk_norm:
             q_BSHD, k_BSKD = self.query_norm(q_BSHD), self.key_norm(k_BSKD)
         rotation = context.rotation if self.window is None else context.local_rotation
@@ -63,6 +70,7 @@ class Attention(nn.Module):
         return self.output(out_BSHD.flatten(-2))
 
     def core(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents_BS: Tensor | None) -> Tensor:
-        return attention(
+        attend = attention if self.cp is None else self.cp.attention
+        return attend(
             q_BSHD, k_BTKD, v_BTKD, scale=self.scale, window=self.window, softcap=self.softcap, documents=documents_BS
         )

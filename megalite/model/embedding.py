@@ -3,18 +3,32 @@
 from megalite_kernels import embedding
 from torch import Tensor, nn
 
-from megalite.parallel.parameter import Role, declare
+from megalite.parallel.parameter import declare
+from megalite.parallel.tensor import ALONE, TensorParallel
 
 
 class Embedding(nn.Module):
-    """Rows of weight[size, hidden] picked by integers [...]: [..., hidden]."""
+    """Rows of weight[vocab, hidden] picked by tokens [B, S], as the residual stream; tp divides the vocabulary."""
 
-    def __init__(self, size: int, hidden: int, *, role: Role, std: float) -> None:
+    def __init__(self, vocab: int, hidden: int, *, std: float) -> None:
         super().__init__()
-        self.weight = declare(size, hidden, role=role, std=std, shard={"tp": 0} if role == "embedding" else None)
+        self.vocab = vocab
+        self.weight = declare(vocab, hidden, role="embedding", std=std, shard={"tp": 0})
+        self.tp: TensorParallel = ALONE
 
-    def forward(self, index: Tensor) -> Tensor:
-        return embedding(index, self.weight)
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        return self.tp.lookup(tokens_BS, self.weight, self.vocab)
+
+
+class Positions(nn.Module):
+    """Rows of weight[positions, hidden] picked by positions [...]: [..., hidden]."""
+
+    def __init__(self, positions: int, hidden: int, *, std: float) -> None:
+        super().__init__()
+        self.weight = declare(positions, hidden, role="position", std=std)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return embedding(positions, self.weight)
 
 
 class Head(nn.Module):

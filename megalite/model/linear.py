@@ -5,13 +5,17 @@ from typing import Literal
 from megalite_kernels import linear
 from torch import Tensor, nn
 
+from megalite.parallel.deferred import DeferredWeights
 from megalite.parallel.parameter import declare
+from megalite.parallel.tensor import ALONE, TensorParallel
 
 
 class Linear(nn.Module):
     """x[..., inputs] @ weight[outputs, inputs].T + bias[outputs].
 
-    `split`: the mesh axis tp divides the outputs (rows of the weight, and the bias) or the inputs (its columns).
+    `split`: the mesh axis tp divides the outputs (rows of the weight, and the bias) or the inputs (its columns). Split
+    outputs take x as `TensorParallel.enter` gives it and return this rank's outputs; split inputs take this rank's
+    inputs and return to the residual stream.
     """
 
     def __init__(
@@ -21,6 +25,15 @@ class Linear(nn.Module):
         rows = split == "outputs"
         self.weight = declare(outputs, inputs, role="matrix", std=std, shard={"tp": 0 if rows else 1})
         self.bias = declare(outputs, role="bias", shard={"tp": 0} if rows else None) if bias else None
+        self.returns = not rows
+        self.tp: TensorParallel = ALONE
+        self.deferred: DeferredWeights | None = None  # the weight's gradient may be asked for later
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        if not self.returns or self.tp.size == 1:
+            return self._product(x, self.bias)
+        y = self.tp.leave(self._product(x, None))
+        return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, self.weight, bias) if self.deferred is None else self.deferred.linear(x, self.weight, bias)

@@ -9,6 +9,7 @@ from megalite.config.schema import ModelConfig
 from megalite.model import recompute
 from megalite.model.linear import Linear
 from megalite.model.size import gated
+from megalite.parallel.tensor import ALONE, TensorParallel
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "swiglu": megalite_kernels.swiglu,
@@ -33,8 +34,10 @@ class MLP(nn.Module):
             self.gate = Linear(hidden, ffn, split="outputs", std=std, bias=bias)
         self.up = Linear(hidden, ffn, split="outputs", std=std, bias=bias)
         self.down = Linear(ffn, hidden, split="inputs", std=output_std, bias=bias)
+        self.tp: TensorParallel = ALONE
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.tp.enter(x)
         inner = (self.gate(x), self.up(x)) if self.gated else (self.up(x),)
         return recompute.run(self.recompute, self.contract, *inner)
 

@@ -1,5 +1,7 @@
 """RMSNorm and LayerNorm with declared parameters; the arithmetic (float32 at least) is in megalite_kernels."""
 
+from typing import Literal
+
 from megalite_kernels import layer_norm, rms_norm
 from torch import Tensor, nn
 
@@ -10,9 +12,11 @@ from megalite.parallel.parameter import declare
 class RMSNorm(nn.Module):
     """x[..., size] / rms(x) * weight, or * (1 + weight) when zero-centred."""
 
-    def __init__(self, size: int, eps: float, zero_centered: bool = False) -> None:
+    def __init__(
+        self, size: int, eps: float, zero_centered: bool = False, sees: Literal["tokens", "heads"] = "tokens"
+    ) -> None:
         super().__init__()
-        self.weight = declare(size, role="norm", constant=0.0 if zero_centered else 1.0)
+        self.weight = declare(size, role="norm", constant=0.0 if zero_centered else 1.0, sees=sees)
         self.eps, self.zero_centered = eps, zero_centered
 
     def forward(self, x: Tensor) -> Tensor:

@@ -58,14 +58,15 @@ class RopeTables:
         self.rope, self.rotated = rope, rotated
         self.tables: dict[tuple[torch.device, torch.dtype], Rotation] = {}
 
-    def at(self, start: int, like_BSE: Tensor, positions_BS: Tensor | None) -> Rotation:
-        """The rotation of every token of `like_BSE`: at `positions_BS`, or at start, start + 1, … in every row.
+    def at(
+        self, start: int, batch: int, length: int, positions_BS: Tensor | None, dtype: torch.dtype, device: torch.device
+    ) -> Rotation:
+        """The rotation of tokens at `positions_BS` (below `length`), or at start … start + length - 1 in every row.
 
         Written out for every row, once for all layers: each keeps it for backward, and kernels take rows of tokens.
         """
-        batch, length = like_BSE.shape[:2]
-        wide = torch.float64 if like_BSE.dtype == torch.float64 else torch.float32
-        tables = self._up_to(start + length, like_BSE.device, wide)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        tables = self._up_to(start + length, device, wide)
         if positions_BS is not None:
             return tables[0][positions_BS], tables[1][positions_BS]
         cos, sin = (table[start:].expand(batch, -1, -1).contiguous() for table in tables)

@@ -1,24 +1,29 @@
 """The decoder-only transformer: embedding, blocks, final norm, and the loss or logits over its vocabulary.
 
-One class spans GPT-2, Llama, Mistral, Qwen and Gemma by ModelConfig alone. Build it under `torch.device("meta")` and
-give it storage with `megalite.parallel.parameter.materialize`. Dimensions: B batch, S sequence, E hidden, V vocab.
+One class spans GPT-2, Llama, Mistral, Qwen and Gemma by ModelConfig alone, and is also one stage of a pipeline: the
+blocks it keeps, with or without the two ends. Build it under `torch.device("meta")`, spread it with `parallelize`, give
+it storage with `megalite.parallel.parameter.materialize`. Dimensions: B batch, S sequence, E hidden, V vocab.
 """
 
+import copy
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from megalite_kernels import linear, linear_cross_entropy
+from megalite_kernels import linear
 from torch import Tensor, nn
 
 from megalite.config.schema import ModelConfig, RopeConfig
 from megalite.model import recompute
 from megalite.model.attention import Attention, Context
 from megalite.model.cache import KVCache
-from megalite.model.embedding import Embedding, Head
+from megalite.model.embedding import Embedding, Head, Positions
 from megalite.model.mlp import MLP
 from megalite.model.norm import make_norm
 from megalite.model.rope import RopeTables
 from megalite.model.size import rotary_dim
+from megalite.parallel.context import ContextParallel
+from megalite.parallel.tensor import ALONE, TensorParallel
 
 
 class Losses(NamedTuple):
@@ -41,86 +46,131 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config) if before else nn.Identity()
         self.mlp = MLP(config, std)
         self.mlp_post_norm = make_norm(config) if after else nn.Identity()
-        self.recompute = False  # the whole block is computed again in backward
+        self.keeping = recompute.Keeping()
 
-    def forward(self, x_BSE: Tensor, context: Context) -> Tensor:
-        return recompute.run(self.recompute, self.sublayers, x_BSE, context)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.keeping.run(self.sublayers, x, context)
 
-    def sublayers(self, x_BSE: Tensor, context: Context) -> Tensor:
-        x_BSE = x_BSE + self.attention_post_norm(self.attention(self.attention_norm(x_BSE), context))
-        return x_BSE + self.mlp_post_norm(self.mlp(self.mlp_norm(x_BSE)))
+    def sublayers(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), context))
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
 class Transformer(nn.Module):
-    """`max_positions` bounds learned positions only; RoPE tables grow with what is asked."""
+    """`max_positions` bounds learned positions only; RoPE tables grow with what is asked.
+
+    The residual stream x is [B, S, E], or [tokens, E] where sequence parallelism spreads it over tp; S is this rank's
+    part of the sequence under context parallelism.
+    """
 
     def __init__(self, config: ModelConfig, vocab: int, max_positions: int) -> None:
         super().__init__()
         self.config, self.vocab, self.max_positions = config, vocab, max_positions
-        self.embedding = Embedding(vocab, config.hidden, role="embedding", std=config.init_std)
+        self.embedding = Embedding(vocab, config.hidden, std=config.init_std)
         if config.position == "learned":
-            self.positions = Embedding(max_positions, config.hidden, role="position", std=config.init_std)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+            self.positions = Positions(max_positions, config.hidden, std=config.init_std)
+        self.blocks = nn.ModuleDict({str(layer): Block(config, layer) for layer in range(config.layers)})
         self.final_norm = make_norm(config)
         if not config.tied_embeddings:
             self.head = Head(vocab, config.hidden, std=config.init_std)
         rotated, theta = rotary_dim(config), config.rope.local_theta
         self.rope = RopeTables(config.rope, rotated) if config.position == "rope" else None
         self.local_rope = RopeTables(RopeConfig(theta=theta), rotated) if self.rope and theta else None
+        self.first = self.last = True
+        self.tp: TensorParallel = ALONE
+        self.cp: ContextParallel | None = None
+
+    def stage(self, layers: Iterable[int], first: bool, last: bool) -> "Transformer":
+        """The part of this model with those blocks, sharing its modules. A tied embedding is part of both ends."""
+        kept = copy.copy(self)
+        kept.first, kept.last = first, last
+        ends = {"embedding": first or (last and self.config.tied_embeddings), "positions": first}
+        ends |= {"final_norm": last, "head": last, "blocks": True}
+        kept._modules = {name: module for name, module in self._modules.items() if ends[name]}
+        kept.blocks = nn.ModuleDict({str(layer): self.blocks[str(layer)] for layer in layers})
+        return kept
 
     @property
     def head_weight(self) -> Tensor:
         """weight[V, E] of the output projection: the embedding's own when tied."""
         return self.embedding.weight if self.config.tied_embeddings else self.head.weight
 
-    def forward(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Hidden states [B, S, E] after the final norm, in the parameters' dtype.
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        documents_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+        x: Tensor | None = None,
+    ) -> Tensor:
+        """The residual stream after this stage's blocks, and after the final norm at the end, in the parameters' dtype.
 
-        `documents_BS` numbers the documents inside each row, rising along it: attention stays inside a document and
-        positions restart with it. With `cache`, tokens follow those the cache holds.
+        Tokens and documents are whole rows on every rank. `documents_BS` numbers the documents inside each row, rising
+        along it: attention stays inside a document and positions restart with it. With `cache`, tokens follow those the
+        cache holds. `x`: the stage before's result; the first stage looks the tokens up instead.
         """
         assert documents_BS is None or cache is None, "a cache holds one document a row"
         start = cache.length if cache is not None else 0
-        positions_BS = None if documents_BS is None else document_positions(documents_BS)
-        x_BSE = self.embedding(tokens_BS)
-        if self.config.embedding_scale != 1.0:
-            x_BSE = x_BSE * self.config.embedding_scale
-        if self.config.position == "learned":
-            x_BSE = x_BSE + self._learned(start, tokens_BS, positions_BS)
-        rotation = self.rope.at(start, x_BSE, positions_BS) if self.rope else None
-        local = self.local_rope.at(start, x_BSE, positions_BS) if self.local_rope else rotation
-        context = Context(rotation, local, documents_BS, cache)
-        for block in self.blocks:
-            x_BSE = block(x_BSE, context)
+        batch, length = tokens_BS.shape
+        positions_BS = self._positions(tokens_BS, documents_BS)
+        if x is None:
+            x = self._embed(tokens_BS, start, positions_BS)
+        where = (start, batch, length, positions_BS, x.dtype, x.device)
+        rotation = self.rope.at(*where) if self.rope else None
+        local = self.local_rope.at(*where) if self.local_rope else rotation
+        context = Context(batch, rotation, local, documents_BS, cache)
+        for block in self.blocks.values():
+            x = block(x, context)
         if cache is not None:
-            cache.advance(tokens_BS.shape[1])
-        return self.final_norm(x_BSE)
+            cache.advance(length)
+        return self.final_norm(x) if self.last else x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., E] to [..., V], soft-capped when the config says so."""
+        """[..., E] to [..., V], soft-capped when the config says so. Of a whole model, not of one rank's part."""
+        assert self.tp.size == 1, "logits of a vocabulary shard are never joined; use loss"
         logits = linear(hidden, self.head_weight)
         cap = self.config.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def loss(
-        self, tokens_BS: Tensor, targets_BS: Tensor, documents_BS: Tensor | None = None, *, z_loss: float = 0.0
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        documents_BS: Tensor | None = None,
+        *,
+        z_loss: float = 0.0,
+        x: Tensor | None = None,
     ) -> Losses:
-        """Summed losses of `targets_BS` (-100: not counted). `z_loss` is the weight the caller will give `z_sum`: the
-        fused loss computes its gradient in the forward pass, so it must know."""
-        hidden = self(tokens_BS, documents_BS).flatten(0, 1)
-        return Losses(
-            *linear_cross_entropy(
-                hidden, self.head_weight, targets_BS.flatten(), z_loss=z_loss, softcap=self.config.logit_softcap
-            )
-        )
+        """Summed losses of `targets_BS` (-100: not counted), of this rank's part of the sequence. `z_loss` is the
+        weight the caller will give `z_sum`: the fused loss computes its gradient in the forward pass, so it must know.
+        """
+        hidden = self(tokens_BS, documents_BS, x=x)
+        targets_N = (targets_BS if self.cp is None else self.cp.take(targets_BS)).flatten()
+        cap = self.config.logit_softcap
+        return Losses(*self.tp.cross_entropy(hidden, self.head_weight, targets_N, self.vocab, z_loss, cap))
 
-    def _learned(self, start: int, tokens_BS: Tensor, positions_BS: Tensor | None) -> Tensor:
-        end = start + tokens_BS.shape[1]
-        if end > self.max_positions:
-            raise ValueError(f"{end} positions: this model has learned {self.max_positions} (model.max_positions)")
-        if positions_BS is None:
-            return self.positions.weight[start:end]
-        return self.positions(positions_BS)
+    def _positions(self, tokens_BS: Tensor, documents_BS: Tensor | None) -> Tensor | None:
+        """Positions [B, S] of this rank's tokens; None: 0, 1, … from the start in every row."""
+        if documents_BS is not None:
+            whole = document_positions(documents_BS)
+            return whole if self.cp is None else self.cp.take(whole)
+        if self.cp is None:
+            return None
+        return self.cp.positions(tokens_BS.shape[1], tokens_BS.device).expand(tokens_BS.shape[0], -1)
+
+    def _embed(self, tokens_BS: Tensor, start: int, positions_BS: Tensor | None) -> Tensor:
+        x = self.embedding(tokens_BS if self.cp is None else self.cp.take(tokens_BS))
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
+        if self.config.position == "learned":
+            batch, length = tokens_BS.shape
+            if start + length > self.max_positions:
+                raise ValueError(
+                    f"{start + length} positions: this model has learned {self.max_positions} (model.max_positions)"
+                )
+            if positions_BS is None:
+                positions_BS = torch.arange(start, start + length, device=tokens_BS.device).expand(batch, -1)
+            x = x + self.positions(self.tp.tokens(positions_BS))
+        return x
 
 
 def document_positions(documents_BS: Tensor) -> Tensor:

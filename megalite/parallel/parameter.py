@@ -100,10 +100,12 @@ def place(declared: Declaration, mesh: Mesh, sp: bool, tied: Sequence[int] = ())
     return Placement(tuple(offsets), tuple(shape), ("dp", "cp"), partial, tuple(tied), counted)
 
 
-def shard_parameters(module: nn.Module, mesh: Mesh, sp: bool, tied: Mapping[nn.Parameter, Sequence[int]]) -> None:
-    """Cut every parameter of a module on the meta device down to this rank's part."""
+def shard_parameters(
+    modules: Iterable[nn.Module], mesh: Mesh, sp: bool, tied: Mapping[nn.Parameter, Sequence[int]]
+) -> None:
+    """Cut every parameter of modules on the meta device down to this rank's part."""
     made: dict[nn.Parameter, nn.Parameter] = {}
-    for owner in module.modules():
+    for owner in {owner: None for module in modules for owner in module.modules()}:  # once, also where stages share it
         for name, parameter in list(owner._parameters.items()):
             if parameter is None:
                 continue

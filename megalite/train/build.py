@@ -1,19 +1,25 @@
 """Assembling a run: process settings, mesh, data, model. Everything the trainer holds is made here, in this order."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megalite_kernels import explain, tune_allocator
 
 from megalite.comm import Communicator
+from megalite.config.rules import Job
 from megalite.config.schema import Config
+from megalite.config.validate import validate
 from megalite.data.bundle import DataBundle, prepare_data
 from megalite.errors import UserError
 from megalite.mesh import Mesh
-from megalite.model.apply import apply_compile, apply_recompute
+from megalite.model.parallelize import parallelize
 from megalite.model.size import flops_per_token, parameter_counts
 from megalite.model.transformer import Transformer
-from megalite.parallel.parameter import materialize
+from megalite.parallel.data import Gradients
+from megalite.parallel.parameter import materialize, part
+from megalite.pipeline import schedule
+from megalite.pipeline.schedule import lower
 from megalite.precision import Precision
 from megalite.train.memory import predicted_memory
 from megalite.train.peak import measured_matmul_peak
@@ -37,15 +43,11 @@ def settle_process(config: Config, world: World) -> list[str]:
 
 
 def make_mesh(config: Config, world: World) -> Mesh:
-    parallel = config.parallel
-    inner = parallel.pp * parallel.cp * parallel.tp
-    dp = world.size // inner if parallel.dp == -1 else parallel.dp
-    if dp * inner != world.size or dp < 1:
-        raise UserError(
-            f"parallel.dp: dp {parallel.dp} x pp {parallel.pp} x cp {parallel.cp} x tp {parallel.tp} needs"
-            f" {max(dp, 1) * inner} processes, {world.size} run; start torchrun --nproc-per-node {max(dp, 1) * inner}"
-        )
-    return Mesh({"pp": parallel.pp, "dp": dp, "cp": parallel.cp, "tp": parallel.tp}, world.rank)
+    """UserError when this configuration is not one for so many processes (also where it was checked without them)."""
+    validate(config, world.size)
+    parallel, job = config.parallel, Job(config, world.size)
+    sizes = {"pp": parallel.pp, "dp": job.dp, "cp": parallel.cp, "tp": parallel.tp}
+    return Mesh(sizes, world.rank, ulysses=job.ulysses, order=job.order)
 
 
 def make_data(config: Config, comm: Communicator) -> DataBundle:
@@ -65,24 +67,39 @@ def make_data(config: Config, comm: Communicator) -> DataBundle:
     return made[0] if made else prepare_data(config, samples)
 
 
-def make_model(config: Config, data: DataBundle, precision: Precision, device: torch.device) -> Transformer:
-    """Built without storage, then filled: initial weights depend on the seed and the parameters' names alone."""
-    max_positions = config.model.max_positions or config.data.sequence_length
+def make_schedule(config: Config, mesh: Mesh) -> schedule.Schedule:
+    """The pipeline schedule, lowered to what the engine executes; one rank takes every microbatch there and back."""
+    parallel, train = config.parallel, config.train
+    microbatches = train.global_batch // (train.micro_batch * mesh.size("dp"))
+    group = parallel.group_size or None
+    return lower(schedule.make_schedule(parallel.schedule, parallel.pp, parallel.chunks, microbatches, group=group))
+
+
+def make_stages(
+    config: Config, comm: Communicator, vocab: int, placement: Sequence[int], precision: Precision, device: torch.device
+) -> list[Transformer]:
+    """Built without storage, spread, then filled: initial weights depend on the seed and parameters' names alone."""
     with torch.device("meta"):
-        model = Transformer(config.model, config.model.vocab or data.tokenizer.vocab, max_positions)
-    materialize(model, device, config.train.seed, precision.compute)
-    apply_recompute(model, config.recompute.mode)
-    if config.train.compile:
-        apply_compile(model)
-    return model
+        model = Transformer(config.model, vocab, config.model.max_positions or config.data.sequence_length)
+    layers = [range(*part(config.model.layers, len(placement), stage)) for stage in range(len(placement))]
+    stages = parallelize(model, comm, config, layers, placement)
+    materialize(stages, device, config.train.seed, precision.compute)
+    return stages
+
+
+def make_gradients(
+    config: Config, comm: Communicator, stages: Sequence[Transformer], precision: Precision
+) -> Gradients:
+    parallel = config.parallel
+    return Gradients(stages, comm, precision.main, parallel.bucket_mb * 2**20, parallel.zero)
 
 
 def run_facts(
-    config: Config, world: World, mesh: Mesh, data: DataBundle, model: Transformer, precision: Precision
+    config: Config, world: World, mesh: Mesh, data: DataBundle, vocab: int, precision: Precision
 ) -> dict[str, Any]:
     """What the header shows and environment.json keeps; keys are listed in `header.py`."""
     train, sequence = config.train, config.data.sequence_length
-    counts = parameter_counts(config.model, model.vocab, model.max_positions)
+    counts = parameter_counts(config.model, vocab, config.model.max_positions or sequence)
     threads = torch.get_num_threads()
     return {
         "model": config.model.name,
@@ -104,11 +121,9 @@ def run_facts(
         "data": ", ".join(config.data.blend) or config.data.path,
         "tokenizer": config.data.tokenizer,
         "data_notes": data.notes,
-        "vocab": model.vocab,
+        "vocab": vocab,
         "backends": explain(world.device, precision.compute, config.train.compile),
         "peak_flops": measured_matmul_peak(world.device, precision.compute, threads),
-        "flops_per_token": flops_per_token(config.model, model.vocab, sequence),
-        "predicted_memory_gb": predicted_memory(
-            config, model.vocab, precision.compute, precision.main, world.device.type
-        ),
+        "flops_per_token": flops_per_token(config.model, vocab, sequence),
+        "predicted_memory_gb": predicted_memory(config, vocab, precision.compute, precision.main, world.device.type),
     }

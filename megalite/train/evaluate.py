@@ -1,13 +1,15 @@
 """Validation: every target of a set exactly once, shared out over the data-parallel ranks."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from megalite.comm import Communicator
-from megalite.parallel.data import REPLICATED_OVER
+from megalite.data.batch import Batch
+from megalite.mesh import AXES
+from megalite.model.transformer import Losses
 
 
 class Evaluation(NamedTuple):
@@ -21,7 +23,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    losses_of: Callable[[Batch], Losses],
     validation: Any,
     token_bytes: torch.Tensor,
     comm: Communicator,
@@ -29,18 +31,22 @@ def evaluate(
     device: torch.device,
     max_samples: int = 0,
 ) -> Evaluation:
-    """Loss of `model` on a validation set, or on its first `max_samples` sequences, whatever the layout."""
-    ranks, rank = comm.mesh.size(*REPLICATED_OVER), comm.mesh.index(*REPLICATED_OVER)
-    stride = micro_batch * ranks
+    """Loss on a validation set, or on its first `max_samples` sequences, whatever the layout.
+
+    `losses_of` gives this rank's term of a batch's sums: a pipeline's last stage has them, cp ranks have parts.
+    """
+    mesh = comm.mesh
+    stride = micro_batch * mesh.size("dp")
     end = min(validation.n_samples, max_samples or validation.n_samples)
+    speaks, counts = mesh.index("tp") == 0, mesh.index("pp", "cp", "tp") == 0
     totals = torch.zeros(3, dtype=torch.float64)
-    for start in range(rank * micro_batch, end, stride):
-        batch = validation.batch(range(start, min(start + micro_batch, end))).to(device)
-        losses = model.loss(batch.tokens, batch.targets, batch.documents)  # type: ignore[operator]
-        targets = batch.targets[batch.targets >= 0].cpu()
-        counts = [losses.nll_sum.item(), targets.numel(), token_bytes[targets].sum().item()]
-        totals += torch.tensor(counts, dtype=torch.float64)
-    comm.all_reduce(totals, *REPLICATED_OVER)
+    for start in range(mesh.index("dp") * micro_batch, end, stride):
+        batch = validation.batch(range(start, min(start + micro_batch, end)))
+        nll = losses_of(batch.to(device)).nll_sum.item()
+        targets = batch.targets[batch.targets >= 0]
+        seen = [nll * speaks, targets.numel() * counts, token_bytes[targets].sum().item() * counts]
+        totals += torch.tensor(seen, dtype=torch.float64)
+    comm.all_reduce(totals, *AXES)
     nll, tokens, text_bytes = totals.tolist()
     bits_per_byte = nll / math.log(2) / text_bytes if text_bytes else None
     return Evaluation(validation.name, nll / max(tokens, 1), bits_per_byte, int(tokens))

@@ -9,7 +9,7 @@ from megalite.checkpoint.model_folder import load_model
 from megalite.checkpoint.training import find_checkpoint
 from megalite.comm import Communicator
 from megalite.config.build import build
-from megalite.config.schema import Config
+from megalite.config.schema import Config, ParallelConfig
 from megalite.train.build import make_data, make_mesh
 from megalite.train.evaluate import Evaluation, evaluate
 from megalite.world import world_from_environment
@@ -21,12 +21,18 @@ def evaluate_run(run_dir: Path, name: str = "", batches: int = 0) -> list[Evalua
     world = world_from_environment()
     model, _ = load_model(checkpoint, world.device)
     config = build(Config, json.loads((checkpoint / "trainer.json").read_text())["config"])
-    config.parallel.dp = -1
+    config.parallel = ParallelConfig()  # every rank holds the whole model and reads its share
     comm = Communicator(make_mesh(config, world))
     data = make_data(config, comm)
     token_bytes = torch.as_tensor(data.token_bytes)
     where = (comm, config.train.micro_batch, world.device)
     return [
-        evaluate(model, validation, token_bytes, *where, batches * config.train.global_batch)
+        evaluate(
+            lambda batch: model.loss(batch.tokens, batch.targets, batch.documents),
+            validation,
+            token_bytes,
+            *where,
+            batches * config.train.global_batch,
+        )
         for validation in data.validation
     ]

@@ -17,8 +17,10 @@ from megalite.checkpoint.store import CheckpointStore
 from megalite.comm import Communicator
 from megalite.config.schema import Config
 from megalite.errors import RunError
+from megalite.mesh import AXES
+from megalite.model.transformer import Transformer
 from megalite.optim.optimizer import Optimizer
-from megalite.parallel.data import REPLICATED_OVER, Gradients
+from megalite.pipeline.runtime import Pipeline
 from megalite.precision import choose_precision
 from megalite.train import build
 from megalite.train.callback import Callback, StepMetrics
@@ -54,6 +56,7 @@ class Trainer:
             if self._folder is not None:
                 self._folder.abandon()
             raise
+        self.model: Transformer | None = None  # the whole model, at the end of a run that samples from it
         self.callbacks = [c for c in watchers if c.every_rank or self.mesh.rank == 0]
 
     def _build(self) -> None:
@@ -62,16 +65,17 @@ class Trainer:
         self.device = self.world.device
         self.precision = choose_precision(config.precision.name, self.device)
         self.data = build.make_data(config, self.comm)
-        self.model = build.make_model(config, self.data, self.precision, self.device)
-        self.gradients = Gradients(
-            list(self.model.parameters()), self.comm, self.precision.main, config.parallel.bucket_mb * 2**20
-        )
-        self.optimizer = Optimizer(self.model, self.gradients, config.optim, config.train.steps)
+        self.vocab = config.model.vocab or self.data.tokenizer.vocab
+        schedule = build.make_schedule(config, self.mesh)
+        self.stages = build.make_stages(config, self.comm, self.vocab, schedule.placement, self.precision, self.device)
+        self.gradients = build.make_gradients(config, self.comm, self.stages, self.precision)
+        self.pipeline = Pipeline(self.stages, schedule, self.comm, self.gradients, config.train.z_loss)
+        self.optimizer = Optimizer(self.stages, self.gradients, config.optim, config.train.steps)
         self.store = CheckpointStore(self.run_dir / "checkpoints", self.comm, config.checkpoint.keep)
         state_bytes = sum(t.numel() * t.element_size() for t in self.optimizer.state_tensors().values())
         if config.checkpoint.final or config.checkpoint.every:
             self.comm.on_rank_zero(lambda: check_free_space(self.run_dir, state_bytes))
-        self.facts = build.run_facts(config, self.world, self.mesh, self.data, self.model, self.precision)
+        self.facts = build.run_facts(config, self.world, self.mesh, self.data, self.vocab, self.precision)
         self.facts.update(run_dir=str(self.run_dir), set_by_engine=settled)
         self.step = self.skipped_in_a_row = 0
         self.stopping = False
@@ -107,21 +111,13 @@ class Trainer:
         microbatches = self._microbatches(step)
         data_s = time.perf_counter() - started
         valid = torch.tensor([sum(int((m.targets >= 0).sum()) for m in microbatches)], dtype=torch.float64)
-        self.comm.all_reduce(valid, *REPLICATED_OVER)
+        self.comm.all_reduce(valid, "dp")
         tokens = max(valid.item(), 1.0)
 
         self.gradients.zero()
-        sums = torch.zeros(2, dtype=torch.float64)
-        for number, batch in enumerate(microbatches, start=1):
-            with self.gradients.accumulating(last_microbatch=number == len(microbatches)):
-                losses = self.model.loss(batch.tokens, batch.targets, batch.documents, z_loss=self.config.train.z_loss)
-                ((losses.nll_sum + self.config.train.z_loss * losses.z_sum) / tokens).backward()
-            sums += torch.stack([losses.nll_sum, losses.z_sum]).detach().double().cpu()
+        sums = self.pipeline.train(microbatches, tokens)
         self.gradients.finish()
-        totals = torch.cat([sums, torch.tensor([float(asked_to_stop)])])
-        self.comm.all_reduce(totals, *REPLICATED_OVER)
-
-        nll_sum, z_sum, stop = totals.tolist()
+        nll_sum, z_sum, stop = self._agreed(sums, asked_to_stop)
         loss, z_loss = nll_sum / tokens, z_sum / tokens
         grad_norm = self.gradients.global_norm().item()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -129,7 +125,7 @@ class Trainer:
             if 0 < self.config.optim.clip < grad_norm:
                 self.gradients.scale(self.config.optim.clip / grad_norm)
             self.optimizer.step(step)
-        self.step, self.stopping = step, stop > 0
+        self.step, self.stopping = step, stop
         self._note_skip(finite, loss, grad_norm)
         return self._measured(loss, z_loss, grad_norm, not finite, time.perf_counter() - started, data_s)
 
@@ -150,7 +146,22 @@ class Trainer:
         token_bytes = torch.as_tensor(self.data.token_bytes)
         where = (self.comm, self.config.train.micro_batch, self.device)
         samples = max_batches * self.config.train.global_batch
-        return [evaluate(self.model, v, token_bytes, *where, samples) for v in self.data.validation]
+        return [evaluate(self.pipeline.evaluate, v, token_bytes, *where, samples) for v in self.data.validation]
+
+    def _agreed(self, sums: torch.Tensor, asked_to_stop: bool) -> tuple[float, float, bool]:
+        """Sums of nll and of squared log-partition over the global batch, and whether any rank is to stop.
+
+        One slot a microbatch of the whole step, added up in their order: the bits do not depend on dp. tp ranks hold
+        the same sums, so the first speaks for all.
+        """
+        ranks, place = self.mesh.size("dp"), self.mesh.index("dp")
+        totals = torch.zeros(len(sums) * ranks * 2 + 1, dtype=torch.float64)
+        if self.mesh.index("tp") == 0:
+            totals[:-1].view(len(sums), ranks, 2)[:, place] = sums
+        totals[-1] = asked_to_stop
+        self.comm.all_reduce(totals, *AXES)
+        nll_sum, z_sum = (sum(column) for column in zip(*totals[:-1].view(-1, 2).tolist(), strict=True))
+        return nll_sum, z_sum, bool(totals[-1] > 0)
 
     def _microbatches(self, step: int) -> list[Any]:
         """This rank's microbatches of `step`. Sample numbers depend on step and layout-free order alone."""
@@ -178,17 +189,20 @@ class Trainer:
             self.event("warning", message=message)
 
     def _dry_run(self) -> float:
-        """A throw-away microbatch, twice: memory and shape errors come now. Returns predicted seconds a step."""
-        batch = self._microbatches(1)[0]
+        """A throw-away microbatch, twice (of a pipeline: a step): memory and shape errors come now. Returns predicted
+        seconds a step."""
+        batches = self._microbatches(1)
+        whole = self.mesh.size("pp") > 1  # every rank must play its part
+        rehearsed = self.pipeline if whole else self.pipeline.shortened(1)
+        batches = batches if whole else batches[:1]
         seconds = 0.0
-        for _ in range(2):
+        for _ in range(1 if whole else 2):
             started = time.perf_counter()
             self.gradients.zero()
-            with self.gradients.accumulating(last_microbatch=False):
-                losses = self.model.loss(batch.tokens, batch.targets, batch.documents, z_loss=self.config.train.z_loss)
-                ((losses.nll_sum + losses.z_sum * self.config.train.z_loss) / batch.targets.numel()).backward()
+            rehearsed.train(batches, batches[0].targets.numel())
+            self.gradients.finish()
             seconds = time.perf_counter() - started
-        return seconds * int(self.facts["accumulation"])
+        return seconds * int(self.facts["accumulation"]) / len(batches)
 
     def _evaluated(self, metrics: StepMetrics) -> StepMetrics:
         """The same metrics with the first validation set's results, on steps that evaluate; a stop does not wait."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megalite.config.load import load_config
-from megalite.model.apply import apply_recompute
+from megalite.model.parallelize import apply_recompute
 from megalite.model.transformer import Transformer
 from megalite.parallel.parameter import materialize
 from megalite.train.memory import predict, predicted_memory
@@ -25,7 +25,7 @@ def kept_bytes(*overrides: str, dtype: torch.dtype) -> tuple[float, float]:
     with torch.device("meta"):
         model = Transformer(config.model, VOCAB, config.data.sequence_length)
     materialize(model, torch.device("cpu"), seed=0, dtype=dtype)
-    apply_recompute(model, config.recompute.mode)  # type: ignore[arg-type]
+    apply_recompute(model, config.recompute)  # type: ignore[arg-type]
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 

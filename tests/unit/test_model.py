@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.stored_model import empty_model
-from megalite.config.schema import ModelConfig, RopeConfig
-from megalite.model.apply import apply_compile, apply_recompute
+from megalite.config.schema import ModelConfig, RecomputeConfig, RopeConfig
+from megalite.model.parallelize import apply_compile, apply_recompute
 from megalite.model.cache import KVCache
 from megalite.model.transformer import Transformer, document_positions
 from megalite.parallel.parameter import declaration, declared_parameters, materialize
@@ -86,7 +86,7 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
 
 def test_initial_spread() -> None:
     model = build(dataclasses.replace(SMALL, layers=8, hidden=256, ffn=512), dtype=torch.float32)
-    block = model.blocks[3]
+    block = model.blocks["3"]
     assert block.attention.query.weight.std().item() == pytest.approx(0.02, rel=0.03)
     assert block.attention.output.weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
     assert block.mlp.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
@@ -99,7 +99,7 @@ def test_declarations_match_their_parameters(config: ModelConfig) -> None:
         assert declared.shard.get("tp", 0) < len(declared.shape)
     tied = [name for name, _ in build(GPT2).named_parameters() if "head" in name]
     assert tied == []
-    assert declaration(build(SMALL).blocks[0].attention.output.weight).shard == {"tp": 1}
+    assert declaration(build(SMALL).blocks["0"].attention.output.weight).shard == {"tp": 1}
 
 
 def test_documents_are_separate_sequences(config: ModelConfig) -> None:
@@ -151,7 +151,7 @@ def test_the_future_is_hidden(config: ModelConfig) -> None:
 def test_recompute_gives_the_same_bits(config: ModelConfig, mode: str) -> None:
     model = build(config, dtype=torch.float32)
     kept = gradients(model)
-    apply_recompute(model, mode)
+    apply_recompute(model, RecomputeConfig(mode))
     again = gradients(model)
     assert kept.keys() == again.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(kept[name], again[name]) for name in kept)
@@ -161,7 +161,7 @@ def test_recompute_gives_the_same_bits(config: ModelConfig, mode: str) -> None:
 def test_recompute_keeps_less(mode: str) -> None:
     def saved(mode: str) -> int:
         model = build(dataclasses.replace(SMALL, layers=4), dtype=torch.float32)
-        apply_recompute(model, mode)
+        apply_recompute(model, RecomputeConfig(mode))
         storages: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:

@@ -1,0 +1,90 @@
+"""Everything done to a plain model before it trains, in one fixed order: stages, tp, cp, recompute, compile.
+
+The model is on the meta device until the end, so a rank never holds more than its part. ZeRO is not here: it shards
+what the optimizer and the gradients hold, not what the model computes (`parallel/data.py`).
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from megalite.comm import Communicator
+from megalite.config.schema import Config, RecomputeConfig
+from megalite.model.linear import Linear
+from megalite.model.transformer import Block, Transformer
+from megalite.parallel.context import ContextParallel
+from megalite.parallel.deferred import DeferredWeights
+from megalite.parallel.parameter import shard_parameters
+from megalite.parallel.tensor import TensorParallel
+
+
+def parallelize(
+    model: Transformer, comm: Communicator, config: Config, layers: Sequence[Sequence[int]], placement: Sequence[int]
+) -> list[Transformer]:
+    """This rank's stages of `model`. `layers[stage]`: its blocks; `placement[stage]`: its rank along pp."""
+    mine = [stage for stage, rank in enumerate(placement) if rank == comm.mesh.index("pp")]
+    stages = [model.stage(layers[stage], stage == 0, stage == len(layers) - 1) for stage in mine]
+    spread_tensors(stages, comm, config.parallel.sp, sorted({placement[0], placement[-1]}))
+    spread_context(stages, comm)
+    for stage in stages:
+        apply_recompute(stage, config.recompute)
+        if config.train.compile:
+            apply_compile(stage)
+    return stages
+
+
+def spread_tensors(stages: Sequence[nn.Module], comm: Communicator, sp: bool, ends: Sequence[int] = (0,)) -> None:
+    """Cut every weight to this rank's part over tp, and tell each module that communicates. `ends`: the places along pp
+    of the first and the last stage, which both hold a tied embedding."""
+    tied: dict[nn.Parameter, Sequence[int]] = {}
+    for stage in stages:
+        both_ends = isinstance(stage, Transformer) and stage.config.tied_embeddings and (stage.first or stage.last)
+        if both_ends and len(ends) > 1:
+            tied[stage.embedding.weight] = ends
+    shard_parameters(stages, comm.mesh, sp, tied)
+    tp = TensorParallel(comm, sp)
+    for module in (module for stage in stages for module in stage.modules()):
+        if hasattr(module, "tp"):
+            module.tp = tp  # type: ignore[assignment]
+
+
+def spread_context(stages: Sequence[nn.Module], comm: Communicator) -> None:
+    """Spread sequence positions over cp, where there is any."""
+    if comm.mesh.size("cp") > 1:
+        cp = ContextParallel(comm)
+        for module in (module for stage in stages for module in stage.modules()):
+            if hasattr(module, "cp"):
+                module.cp = cp  # type: ignore[assignment]
+
+
+def apply_recompute(model: Transformer, recompute: RecomputeConfig) -> None:
+    """Chooses what backward computes again instead of keeping, in every n-th layer, and what waits in host memory.
+
+    "activation": the output of the MLP's activation function, the cheapest memory there is. "selective": attention
+    probabilities too; no weight matmul runs twice. "full": whole blocks; only their inputs are kept. Every mode gives
+    the same bits.
+    """
+    mode = recompute.mode
+    assert mode in ("none", "activation", "selective", "full"), mode
+    for layer, block in model.blocks.items():
+        assert isinstance(block, Block)
+        chosen = int(layer) % recompute.layers == 0
+        block.keeping.again = chosen and mode == "full"
+        block.keeping.offload = recompute.offload
+        block.attention.recompute = chosen and mode == "selective"
+        block.mlp.recompute = chosen and mode in ("activation", "selective")
+
+
+def apply_compile(model: Transformer) -> None:
+    """torch.compile of each block alone: equal blocks share their compiled code, and a break stays inside one."""
+    for block in model.blocks.values():
+        block.compile()
+
+
+def defer_weights(stage: nn.Module) -> DeferredWeights:
+    """Let the weight gradients of the stage's linears wait for a W of a zero-bubble schedule."""
+    deferred = DeferredWeights()
+    for module in stage.modules():
+        if isinstance(module, Linear):
+            module.deferred = deferred
+    return deferred

@@ -1,0 +1,64 @@
+"""Weight gradients put off until after the input gradients: what zero-bubble schedules call W (arXiv:2401.10241)."""
+
+from typing import Any
+
+import torch
+from megalite_kernels import linear, weight_gradient
+from torch import Tensor, nn
+
+from megalite.parallel.data import Gradients
+
+
+class DeferredWeights:
+    """Of one stage: while `waiting` names a microbatch, its backward keeps (weight, input, output gradient) instead of
+    multiplying them; `compute` does it later. `bytes`: held now. `peak_bytes`: the most that was held at once."""
+
+    def __init__(self) -> None:
+        self.waiting: int | None = None
+        self.bytes = self.peak_bytes = 0
+        self._kept: dict[int, list[tuple[nn.Parameter, Tensor, Tensor]]] = {}
+
+    def linear(self, x: Tensor, weight_NK: nn.Parameter, bias_N: Tensor | None) -> Tensor:
+        """`megalite_kernels.linear` whose weight gradient can wait."""
+        y: Tensor = _Deferring.apply(x, weight_NK, bias_N, self)
+        return y
+
+    def keep(self, weight: nn.Parameter, x: Tensor, grad_y: Tensor) -> None:
+        assert self.waiting is not None
+        self._kept.setdefault(self.waiting, []).append((weight, x, grad_y))
+        self.bytes += _bytes(x) + _bytes(grad_y)
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+
+    def compute(self, microbatch: int, gradients: Gradients) -> None:
+        """The weight gradients of one microbatch, handed to `gradients` in the order in which backward met them."""
+        for weight, x, grad_y in self._kept.pop(microbatch, []):
+            gradients.add(weight, weight_gradient(x, grad_y, weight.dtype))
+            self.bytes -= _bytes(x) + _bytes(grad_y)
+
+
+class _Deferring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: Tensor | None, deferred: DeferredWeights) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.deferred = weight, deferred
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = linear(grad_y, weight.mT)
+        if ctx.deferred.waiting is None:
+            grad_weight = weight_gradient(x, grad_y, weight.dtype)
+        else:
+            ctx.deferred.keep(ctx.weight, x, grad_y)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            grad_bias = grad_y.flatten(0, -2).sum(0, dtype=torch.float64 if grad_y.dtype == torch.float64 else None)
+            grad_bias = grad_bias.to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,257 @@
+"""The engine on any layout and on one process, in float64, over the same global batch: what the parity tests compare.
+
+The batch is packed documents with unequal numbers of valid tokens in every sample, some microbatches without any. A
+rank returns its parts of gradients and weights with the boxes they fill; `joined` puts the logical tensors together
+here, so the engine's own gathering is not what is trusted.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from megalite.comm import Call, Communicator
+from megalite.config.rules import Job
+from megalite.config.schema import Config, ModelConfig, OptimConfig
+from megalite.config.validate import violations
+from megalite.data.batch import Batch
+from megalite.mesh import Mesh
+from megalite.optim.optimizer import Optimizer
+from megalite.parallel.parameter import declared_parameters, placement
+from megalite.pipeline.runtime import Pipeline
+from megalite.precision import PRESETS
+from megalite.train import build
+from megalite.world import join, world_from_environment
+
+VOCAB, SEQUENCE, SAMPLES = 37, 16, 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One composition; the names are those of the configuration."""
+
+    dp: int = 1
+    tp: int = 1
+    sp: bool = False
+    cp: int = 1
+    cp_kind: str = "ring"
+    pp: int = 1
+    chunks: int = 1
+    schedule: str = "1f1b"
+    zero: int = 0
+    order: str = "pp,dp,cp,tp"
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.tp * self.cp * self.pp
+
+    def __str__(self) -> str:
+        said = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return " ".join(f"{name}={value}" for name, value in said) or "one process"
+
+
+MODELS = {
+    "tied": ModelConfig(layers=4, hidden=16, heads=4, kv_heads=2, ffn=24, qk_norm=True, tied_embeddings=True),
+    "untied": ModelConfig(layers=4, hidden=16, heads=4, kv_heads=2, ffn=24, qk_norm=True),
+    "one kv head": ModelConfig(layers=4, hidden=16, heads=4, kv_heads=1, ffn=24, qk_norm=True, tied_embeddings=True),
+    "gpt2": ModelConfig(
+        layers=4, hidden=16, heads=4, ffn=24, position="learned", norm="layernorm", activation="gelu", qkv_bias=True,
+        output_bias=True, mlp_bias=True, tied_embeddings=True,
+    ),
+    "gemma": ModelConfig(
+        layers=4, hidden=16, heads=4, kv_heads=2, ffn=24, norm_place="sandwich", norm_zero_centered=True,
+        activation="geglu", embedding_scale=4.0, attention_softcap=5.0, logit_softcap=3.0, window=5, window_pattern=2,
+        tied_embeddings=True,
+    ),
+}  # fmt: skip
+
+OPTIMIZERS = {
+    "sgd": OptimConfig(name="sgd", lr=0.1, momentum=0.9, clip=0.0, schedule="constant"),
+    "adamw": OptimConfig(name="adamw", lr=0.01, clip=0.05, schedule="constant"),
+    "muon": OptimConfig(name="muon", lr=0.01, clip=0.0, schedule="constant"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained besides the layout. `packed`: several documents a row."""
+
+    model: str = "tied"
+    optim: str = "sgd"
+    steps: int = 5
+    layers: int = 0
+    packed: bool = True
+    z_loss: float = 0.01
+    recompute: str = "activation"
+    recompute_layers: int = 1
+    offload: bool = False
+    bucket_mb: float = 0.002
+    deterministic: str = "true"
+    precision: str = "fp64"
+
+
+def configuration(layout: Layout, task: Task) -> Config:
+    config = Config()
+    for field in fields(layout):
+        setattr(config.parallel, field.name, getattr(layout, field.name))
+    config.parallel.bucket_mb = task.bucket_mb
+    layers = max(4, layout.pp * layout.chunks, task.layers)
+    config.model = replace(MODELS[task.model], vocab=VOCAB, init_std=0.2, layers=layers)
+    config.optim = replace(OPTIMIZERS[task.optim])
+    config.data.sequence_length = SEQUENCE
+    config.train.micro_batch, config.train.global_batch, config.train.z_loss = 1, SAMPLES, task.z_loss
+    config.train.steps, config.train.seed, config.train.deterministic = task.steps, 3, task.deterministic
+    config.recompute.mode, config.recompute.layers = task.recompute, task.recompute_layers
+    config.recompute.offload, config.precision.name = task.offload, task.precision
+    return config
+
+
+def global_batch(step: int, packed: bool) -> Batch:
+    """[SAMPLES, SEQUENCE]: sample i has 2·i targets less than the sequence is long; samples 2 and 5 have none."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCAB, (SAMPLES, SEQUENCE), generator=generator)
+    targets = torch.randint(VOCAB, (SAMPLES, SEQUENCE), generator=generator)
+    documents = (torch.rand(SAMPLES, SEQUENCE, generator=generator) < 0.2).int().cumsum(1).int()
+    for row in range(SAMPLES):
+        targets[row, torch.randperm(SEQUENCE, generator=generator)[: 2 * row]] = -100
+    targets[[2, 5]] = -100
+    return Batch(tokens, targets, documents if packed else None)
+
+
+def microbatches(batch: Batch, mesh: Mesh) -> list[Batch]:
+    """Microbatches of one sample: sample n belongs to dp rank n modulo dp, as the trainer shares them out."""
+    mine = range(mesh.index("dp"), SAMPLES, mesh.size("dp"))
+    return [
+        Batch(*(None if x is None else x[n : n + 1] for x in (batch.tokens, batch.targets, batch.documents)))  # type: ignore[arg-type]
+        for n in mine
+    ]
+
+
+def train(layout: Layout, task: Task, prepare: Callable[..., None] | None = None) -> dict[str, Any]:
+    """What this rank ends up with. `prepare`: changes the assembled engine (mutations) before it trains."""
+    world = world_from_environment()
+    join(world)
+    config = configuration(layout, task)
+    calls: list[Call] = []
+    comm = Communicator(build.make_mesh(config, world), ordered=task.deterministic == "layout")
+    precision = PRESETS[task.precision]
+    schedule = build.make_schedule(config, comm.mesh)
+    stages = build.make_stages(config, comm, VOCAB, schedule.placement, precision, torch.device("cpu"))
+    gradients = build.make_gradients(config, comm, stages, precision)
+    pipeline = Pipeline(stages, schedule, comm, gradients, config.train.z_loss)
+    optimizer = Optimizer(stages, gradients, config.optim, task.steps)
+    if prepare is not None:
+        prepare(stages=stages, comm=comm, gradients=gradients, pipeline=pipeline, optimizer=optimizer)
+    losses, norms, first = [], [], {}
+    for step in range(1, task.steps + 1):
+        comm.record = calls.append if step == 2 else None
+        batch = global_batch(step, task.packed)
+        valid = float((batch.targets >= 0).sum())
+        gradients.zero()
+        sums = pipeline.train(microbatches(batch, comm.mesh), valid)
+        gradients.finish()
+        norm = gradients.global_norm().item()
+        if step == 1:
+            first = parts(stages, gradients.full)
+        if 0 < config.optim.clip < norm:
+            gradients.scale(config.optim.clip / norm)
+        optimizer.step(step)
+        comm.record = None
+        total = sums.sum(0) * (comm.mesh.index("tp") == 0)
+        comm.all_reduce(total, "pp", "dp", "cp", "tp")
+        losses.append(((total[0] + task.z_loss * total[1]) / valid).item())
+        norms.append(norm)
+    optimizer.wait()
+    return {
+        "losses": losses,
+        "norms": norms,
+        "gradients": first,
+        "weights": parts(stages, lambda parameter: parameter.detach()),
+        "calls": calls,
+        "log": pipeline.log,
+        "row": pipeline.row,
+    }
+
+
+def parts(stages: list[Any], value: Callable[[Any], torch.Tensor]) -> dict[str, tuple[Any, ...]]:
+    """name -> (logical shape, offsets, this rank's part)."""
+    return {
+        name: (declared.shape, placement(parameter).offsets, value(parameter).detach().clone())
+        for name, parameter, declared in declared_parameters(stages)
+    }
+
+
+def joined(ranks: list[dict[str, Any]], kind: str) -> dict[str, torch.Tensor]:
+    """The logical tensors of `kind`. Every rank that holds a part must hold the same one."""
+    whole: dict[str, torch.Tensor] = {}
+    for rank, result in enumerate(ranks):
+        for name, (shape, offsets, part) in result[kind].items():
+            tensor = whole.setdefault(name, torch.full(shape, torch.nan, dtype=part.dtype))
+            box = tensor[tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))]
+            if not box.isnan().any():
+                torch.testing.assert_close(
+                    part, box, rtol=1e-12, atol=1e-15, msg=f"{kind} of {name}: rank {rank} differs"
+                )
+            box.copy_(part)
+    return whole
+
+
+def errors(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> dict[str, float]:
+    """The worst relative difference from one process, by quantity; tensors by their norm."""
+    found = {
+        kind: max(
+            abs(rank[kind][step] - expected) / abs(expected)
+            for rank in ranks
+            for step, expected in enumerate(alone[kind])
+        )
+        for kind in ("losses", "norms")
+    }
+    for kind in ("gradients", "weights"):
+        mine, theirs = joined(ranks, kind), joined([alone], kind)
+        assert mine.keys() == theirs.keys(), f"parameters differ: {mine.keys() ^ theirs.keys()}"
+        ratios = [
+            (torch.linalg.vector_norm(mine[name] - expected) / torch.linalg.vector_norm(expected)).item()
+            for name, expected in theirs.items()
+        ]
+        found[kind] = max(ratios) if not any(ratio != ratio for ratio in ratios) else float("nan")
+    return found
+
+
+BOUNDS = {"losses": 1e-11, "norms": 1e-11, "gradients": 1e-9, "weights": 1e-8}
+
+
+def wrong(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> list[str]:
+    """What exceeds its bound; empty when the layout computes what one process computes."""
+    return [f"{kind} {error:.2e}" for kind, error in errors(ranks, alone).items() if not error <= BOUNDS[kind]]
+
+
+def legal(layout: Layout, task: Task | None = None) -> bool:
+    return not violations(configuration(layout, task or Task()), layout.world)
+
+
+def all_layouts(world: int) -> Iterator[Layout]:
+    """Every legal composition of `world` ranks with every schedule, kind of context parallelism, and zero stage."""
+    factors = [n for n in range(1, world + 1) if world % n == 0]
+    for dp, tp, cp, pp in product(factors, repeat=4):
+        if dp * tp * cp * pp != world:
+            continue
+        schedules = [("1f1b", 1)] if pp == 1 else SCHEDULES
+        kinds = ["ring"] if cp == 1 else ["ring", "ulysses"] if cp == 2 else ["ring", "ulysses", "hybrid"]
+        for sp, kind, (schedule, chunks), zero in product(
+            [False, True] if tp > 1 else [False], kinds, schedules, range(4) if dp * cp > 1 else [0]
+        ):
+            layout = Layout(dp, tp, sp, cp, kind, pp, chunks, schedule, zero)
+            if legal(layout):
+                yield layout
+
+
+SCHEDULES = [
+    ("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("looped_bfs", 2), ("zb_h1", 1), ("zb_h2", 1), ("zb_auto", 1),
+    ("zbv", 2), ("v_half", 2), ("dualpipev", 2),
+]  # fmt: skip
+
+
+def job(layout: Layout, task: Task) -> Job:
+    return Job(configuration(layout, task), layout.world)
