@@ -1,51 +1,21 @@
 """Every rule of the configuration, checked together: a violation is a line with key, value, reason and legal values.
 
-A key's own limits stand in the schema; a rule across keys is a small function here that yields its violations.
+A key's own limits stand in the schema, the layout's rules in `layout.py`; all others are small functions here.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
+from megalite.config import layout
+from megalite.config.rules import Job, Rules, divisors_near
 from megalite.config.schema import Config
 from megalite.config.tree import leaves, nearest, value_at
 from megalite.errors import UserError
 
-Rule = Callable[["Job"], Iterator[str]]
-RULES: list[tuple[tuple[str, ...], Rule]] = []
+RULES = Rules()
 LARGEST_SEED = 2**32 - 1
 """Of numpy's legacy generator, which shuffles as Megatron does."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A configuration and the ranks it is to run on; None: no job is running yet."""
-
-    config: Config
-    world_size: int | None
-
-    @property
-    def inner(self) -> int:
-        """Ranks of one data-parallel replica."""
-        parallel = self.config.parallel
-        return parallel.pp * parallel.cp * parallel.tp
-
-    @property
-    def dp(self) -> int:
-        """Data-parallel ranks; what the other axes leave when parallel.dp is -1, at least 1."""
-        if self.config.parallel.dp != -1:
-            return self.config.parallel.dp
-        return max(1, (self.world_size or self.inner) // self.inner)
-
-    @property
-    def accumulation(self) -> int:
-        """Microbatches a rank computes in a step."""
-        return self.config.train.global_batch // (self.config.train.micro_batch * self.dp)
-
-    @property
-    def head_dim(self) -> int:
-        return self.config.model.head_dim or self.config.model.hidden // self.config.model.heads
 
 
 def validate(config: Config, world_size: int | None = None) -> None:
@@ -59,7 +29,10 @@ def violations(config: Config, world_size: int | None = None) -> list[str]:
     """A line for each violated rule. A rule is skipped when one of its keys is already outside its own limits."""
     bad = {path: line for path in leaves(Config) if (line := _outside(config, path))}
     job = Job(config, world_size)
-    return [*bad.values(), *(line for keys, rule in RULES if not bad.keys() & set(keys) for line in rule(job))]
+    return [
+        *bad.values(),
+        *(line for keys, rule in [*layout.RULES, *RULES] if not bad.keys() & set(keys) for line in rule(job)),
+    ]
 
 
 def _outside(config: Config, path: str) -> str | None:
@@ -77,69 +50,7 @@ def _outside(config: Config, path: str) -> str | None:
     return None
 
 
-def rule(*keys: str) -> Callable[[Rule], Rule]:
-    """Registers a rule that reads `keys`."""
-    unknown = set(keys) - leaves(Config).keys()
-    assert not unknown, f"rule reads unknown keys {unknown}"
-
-    def register(function: Rule) -> Rule:
-        RULES.append((keys, function))
-        return function
-
-    return register
-
-
-def around(value: int, step: int) -> str:
-    """The positive multiples of `step` on both sides of `value`."""
-    below = value // step * step
-    return " or ".join(str(n) for n in (below, below + step) if n > 0)
-
-
-def divisors_near(value: int, total: int) -> str:
-    """The divisors of `total` nearest to `value`, at most three."""
-    found = {d for n in range(1, math.isqrt(total) + 1) if total % n == 0 for d in (n, total // n)}
-    return ", ".join(str(n) for n in sorted(sorted(found, key=lambda n: (abs(n - value), n))[:3]))
-
-
-@rule("parallel.dp", "parallel.tp", "parallel.cp", "parallel.pp")
-def layout_fills_the_world(job: Job) -> Iterator[str]:
-    parallel, world = job.config.parallel, job.world_size
-    if parallel.dp == 0 or parallel.dp < -1:
-        yield f"parallel.dp={parallel.dp}: counts ranks; at least 1, or -1 for what the other axes leave"
-    elif world is not None and job.dp * job.inner != world:
-        legal = f"parallel.dp={world // job.inner} or -1" if world % job.inner == 0 else "fewer"
-        yield (
-            f"parallel.dp={parallel.dp}: dp {job.dp} x pp {parallel.pp} x cp {parallel.cp} x tp {parallel.tp} is "
-            f"{job.dp * job.inner} ranks, but this job has {world}; set {legal}, or start"
-            f" torchrun --nproc-per-node {job.dp * job.inner}"
-        )
-
-
-@rule("parallel.tp", "parallel.sp", "parallel.cp", "parallel.pp", "parallel.ep", "parallel.etp", "parallel.zero")
-def axes_built_so_far(job: Job) -> Iterator[str]:
-    for axis, only in (("tp", 1), ("sp", False), ("cp", 1), ("pp", 1), ("ep", 1), ("etp", 1), ("zero", 0)):
-        value = getattr(job.config.parallel, axis)
-        if value != only:
-            yield f"parallel.{axis}={value}: not built yet; legal: {str(only).lower()}; use more data parallelism"
-
-
-@rule("train.global_batch", "train.micro_batch", "parallel.dp", "parallel.tp", "parallel.cp", "parallel.pp")
-def global_batch_divides(job: Job) -> Iterator[str]:
-    train = job.config.train
-    if job.dp < 1:
-        return
-    step = train.micro_batch * job.dp
-    if train.global_batch % step:
-        line = (
-            f"train.global_batch={train.global_batch}: must be a multiple of train.micro_batch {train.micro_batch} x dp"
-            f" {job.dp} = {step}; nearest: {around(train.global_batch, step)}"
-        )
-        if train.global_batch % job.dp == 0:
-            line += f"; or train.micro_batch={divisors_near(train.micro_batch, train.global_batch // job.dp)}"
-        yield line
-
-
-@rule("model.hidden", "model.heads", "model.head_dim")
+@RULES.reads("model.hidden", "model.heads", "model.head_dim")
 def heads_divide_hidden(job: Job) -> Iterator[str]:
     model = job.config.model
     if model.head_dim is None and model.hidden % model.heads:
@@ -149,7 +60,7 @@ def heads_divide_hidden(job: Job) -> Iterator[str]:
         )
 
 
-@rule("model.heads", "model.kv_heads")
+@RULES.reads("model.heads", "model.kv_heads")
 def kv_heads_divide_heads(job: Job) -> Iterator[str]:
     model = job.config.model
     if model.kv_heads is not None and model.heads % model.kv_heads:
@@ -157,7 +68,7 @@ def kv_heads_divide_heads(job: Job) -> Iterator[str]:
         yield f"model.kv_heads={model.kv_heads}: does not divide model.heads {model.heads}; nearest: {legal}"
 
 
-@rule("model.position", "model.rope.fraction", "model.hidden", "model.heads", "model.head_dim")
+@RULES.reads("model.position", "model.rope.fraction", "model.hidden", "model.heads", "model.head_dim")
 def rotated_dimensions_are_even(job: Job) -> Iterator[str]:
     model = job.config.model
     if model.position != "rope" or (model.head_dim is None and model.hidden % model.heads):
@@ -175,7 +86,7 @@ def rotated_dimensions_are_even(job: Job) -> Iterator[str]:
         )
 
 
-@rule(
+@RULES.reads(
     "model.position", "model.rope.scaling", "model.rope.factor", "model.rope.low_freq_factor",
     "model.rope.high_freq_factor", "model.rope.beta_fast", "model.rope.beta_slow",
 )  # fmt: skip
@@ -197,7 +108,7 @@ def rope_scaling_is_whole(job: Job) -> Iterator[str]:
         )
 
 
-@rule("model.position", "model.max_positions", "data.sequence_length")
+@RULES.reads("model.position", "model.max_positions", "data.sequence_length")
 def learned_positions_suffice(job: Job) -> Iterator[str]:
     model, length = job.config.model, job.config.data.sequence_length
     if model.position == "learned" and model.max_positions is not None and length > model.max_positions:
@@ -207,7 +118,7 @@ def learned_positions_suffice(job: Job) -> Iterator[str]:
         )
 
 
-@rule("model.window", "model.window_pattern", "model.norm", "model.norm_zero_centered")
+@RULES.reads("model.window", "model.window_pattern", "model.norm", "model.norm_zero_centered")
 def model_options_fit(job: Job) -> Iterator[str]:
     model = job.config.model
     if model.window_pattern > 1 and model.window is None:
@@ -219,7 +130,7 @@ def model_options_fit(job: Job) -> Iterator[str]:
             yield f"model.{name}=0.0: divides by zero; null turns it off, Gemma 2 uses 50 and 30"
 
 
-@rule("train.steps", "optim.schedule", "optim.warmup_steps", "optim.decay_steps")
+@RULES.reads("train.steps", "optim.schedule", "optim.warmup_steps", "optim.decay_steps")
 def schedule_fits_the_run(job: Job) -> Iterator[str]:
     optim, steps = job.config.optim, job.config.train.steps
     if optim.warmup_steps > steps:
@@ -237,7 +148,7 @@ def schedule_fits_the_run(job: Job) -> Iterator[str]:
         yield f"optim.decay_steps={optim.decay_steps}: only optim.schedule=wsd has it (this is {optim.schedule}); set 0"
 
 
-@rule("optim.min_lr_ratio", "optim.beta1", "optim.beta2", "optim.momentum")
+@RULES.reads("optim.min_lr_ratio", "optim.beta1", "optim.beta2", "optim.momentum")
 def optimizer_shares(job: Job) -> Iterator[str]:
     optim = job.config.optim
     if optim.min_lr_ratio > 1:
@@ -247,7 +158,7 @@ def optimizer_shares(job: Job) -> Iterator[str]:
             yield f"optim.{name}={getattr(optim, name)}: a running average never forgets at 1; at least 0 and below 1"
 
 
-@rule("data.split", "data.blend", "data.validation")
+@RULES.reads("data.split", "data.blend", "data.validation")
 def data_shares(job: Job) -> Iterator[str]:
     data = job.config.data
     shares = split_shares(data.split)
@@ -258,7 +169,7 @@ def data_shares(job: Job) -> Iterator[str]:
             yield f"data.blend.{prefix}={weight}: a weight is a number above 0; leave the entry out to drop it"
 
 
-@rule("run.name", "run.dir", "train.profile_step", "train.steps")
+@RULES.reads("run.name", "run.dir", "train.profile_step", "train.steps")
 def run_is_nameable(job: Job) -> Iterator[str]:
     run, train = job.config.run, job.config.train
     if run.dir is None and (not run.name or run.name.startswith("/") or ".." in run.name.split("/")):
@@ -267,7 +178,7 @@ def run_is_nameable(job: Job) -> Iterator[str]:
         yield f"train.profile_step={train.profile_step}: the run has {train.steps} steps (train.steps); at most that"
 
 
-@rule("train.seed")
+@RULES.reads("train.seed")
 def seed_fits_the_shuffle(job: Job) -> Iterator[str]:
     if job.config.train.seed > LARGEST_SEED:
         yield f"train.seed={job.config.train.seed}: the data order takes 32 bits of it; at most {LARGEST_SEED}"
@@ -296,8 +207,7 @@ def derived(config: Config, world_size: int | None = None) -> dict[str, Any]:
         values["model.max_positions"] = config.data.sequence_length
     if model.attention_scale is None:
         values["model.attention_scale"] = job.head_dim**-0.5
-    if config.parallel.dp == -1 and world_size is not None:
-        values["parallel.dp"] = job.dp
+    values |= layout.derived(job)
     if optim.schedule == "wsd" and optim.decay_steps == 0:
         values["optim.decay_steps"] = config.train.steps // 5
     if optim.embedding_lr is None:

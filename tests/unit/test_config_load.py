@@ -126,7 +126,7 @@ def test_origins_and_derived_values() -> None:
     assert lines["seed"].endswith("# command line")
     assert lines["steps"].endswith("# configs/experiment/llama3_8b.yaml")
     assert lines["beta2"].endswith("# configs/optim/adamw.yaml")
-    assert lines["zero"].endswith("# schema default")
+    assert lines["order"].endswith("# schema default")
     assert lines["dp"].endswith("# schema default; derived: 2")
     assert "command line; derived: " in lines["head_dim"]
     assert "derived: runs/llama3_8b" in lines["dir"]

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from megalite.config.build import build
 from megalite.config.load import load_config
+from megalite.config.rules import Job
 from megalite.config.schema import Config
 from megalite.config.tree import leaves
-from megalite.config.validate import RULES, Job, derived, violations
+from megalite.config.validate import RULES, derived, violations
 from megalite.errors import UserError
 
 
@@ -33,14 +34,6 @@ def test_the_default_configuration_is_valid() -> None:
 @pytest.mark.parametrize(
     ("values", "world", "parts"),
     [
-        ({"train__global_batch": 10}, None, ["train.global_batch=10", "nearest: 8 or 12", "micro_batch=1, 2, 5"]),
-        ({"train__global_batch": 8}, 3, ["train.global_batch=8", "nearest: 12"]),
-        ({"train__global_batch": 8, "train__micro_batch": 3}, 2, ["micro_batch 3 x dp 2 = 6", "6 or 12"]),
-        ({"parallel__dp": 3, "train__global_batch": 12}, 2, ["parallel.dp=3", "this job has 2", "parallel.dp=2"]),
-        ({"parallel__dp": 0}, None, ["parallel.dp=0", "-1"]),
-        ({"parallel__tp": 2}, 2, ["parallel.tp=2: not built yet", "legal: 1"]),
-        ({"parallel__zero": 1}, None, ["parallel.zero=1: not built yet", "legal: 0"]),
-        ({"parallel__sp": True}, None, ["parallel.sp=True: not built yet", "legal: false"]),
         ({"parallel__zero": 4}, None, ["parallel.zero=4: not a choice", "legal: 0, 1, 2, 3"]),
         ({"model__heads": 5}, None, ["model.heads=5", "nearest: 3, 4, 6", "model.head_dim"]),
         ({"model__kv_heads": 4}, None, ["model.kv_heads=4", "nearest: 2, 3, 6"]),
@@ -88,11 +81,11 @@ def test_one_violation_one_line(values: dict[str, Any], world: int | None, parts
 
 def test_all_violations_come_at_once() -> None:
     with pytest.raises(UserError) as caught:
-        load_config("train.global_batch=7", "model.heads=7", "optim.beta1=2", "parallel.tp=2", "optim.schedule=cos")
+        load_config("train.global_batch=7", "model.heads=7", "optim.beta1=2", "parallel.ep=2", "optim.schedule=cos")
     lines = caught.value.lines
     assert [line.split("=")[0] for line in lines] == [
         "optim.schedule",
-        "parallel.tp",
+        "parallel.ep",
         "train.global_batch",
         "model.heads",
         "optim.beta1",
@@ -100,8 +93,7 @@ def test_all_violations_come_at_once() -> None:
 
 
 def test_named_legal_values_are_legal() -> None:
-    cases = ({"train__global_batch": 12}, {"train__global_batch": 10, "train__micro_batch": 5}, {"model__heads": 4})
-    for values in cases:
+    for values in ({"model__heads": 4}, {"model__heads": 5, "model__head_dim": 64}, {"model__kv_heads": 3}):
         assert violations(changed(**values)) == []
 
 
@@ -119,16 +111,16 @@ small = st.integers(1, 64)
     heads=st.integers(1, 12), kv=st.none() | st.integers(1, 12), hidden=st.integers(1, 256), dim=st.none() | small,
     fraction=st.floats(0, 1.2), position=st.sampled_from(["rope", "learned", "none"]), length=st.integers(1, 64),
     positions=st.none() | small, steps=st.integers(1, 50), warmup=st.integers(0, 60), decay=st.integers(0, 60),
-    schedule=st.sampled_from(["cosine", "wsd", "linear", "constant"]), tp=st.sampled_from([1, 1, 1, 2]),
+    schedule=st.sampled_from(["cosine", "wsd", "linear", "inverse_sqrt", "constant"]),
 )  # fmt: skip
 def test_what_a_valid_configuration_promises(
     micro: int, batch: int, dp: int, world: int | None, heads: int, kv: int | None, hidden: int, dim: int | None,
     fraction: float, position: str, length: int, positions: int | None, steps: int, warmup: int, decay: int,
-    schedule: str, tp: int,
+    schedule: str,
 ) -> None:  # fmt: skip
     config = changed(
         train={"micro_batch": micro, "global_batch": batch, "steps": steps},
-        parallel={"dp": dp, "tp": tp},
+        parallel={"dp": dp},
         model={
             "heads": heads,
             "kv_heads": kv,
