@@ -5,11 +5,13 @@ All are checked before any process group starts. Quotients and sums of keys only
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megalite.config.rules import Job, Rules, around, divisors, divisors_near, nearest_numbers
+from megalite.errors import UserError
 from megalite.pipeline.schedule.named import RECIPES, schedule_problems
+from megalite.pipeline.schedule.ops import Kind
+from megalite.pipeline.schedule.text import load_csv
 
 RULES = Rules()
 AXES = ("pp", "dp", "cp", "tp")
@@ -177,12 +179,23 @@ def stages_share_the_layers(job: Job) -> Iterator[str]:
 def schedule_takes_the_shape(job: Job) -> Iterator[str]:
     parallel = job.config.parallel
     name = parallel.schedule
-    if name.endswith(".csv"):
-        if not Path(name).is_file():
-            yield f"parallel.schedule={name}: no such file; or one of {', '.join(RECIPES)}"
-    else:
-        microbatches = job.accumulation if _batch_divides(job) else 1
-        yield from schedule_problems(name, parallel.pp, parallel.chunks, microbatches)
+    microbatches = job.accumulation if _batch_divides(job) else None
+    if not name.endswith(".csv"):
+        yield from schedule_problems(name, parallel.pp, parallel.chunks, microbatches or 1)
+        return
+    try:
+        rows = load_csv(name)
+    except UserError as error:
+        yield from (f"parallel.schedule={line}" for line in error.lines)
+        return
+    sizes = {
+        "parallel.pp": (parallel.pp, rows.pp),
+        "parallel.chunks": (parallel.chunks, rows.chunks),
+        "microbatches (train.global_batch / train.micro_batch / dp)": (microbatches, rows.microbatches),
+    }
+    for size, (asked, written) in sizes.items():
+        if asked not in (None, written):
+            yield f"parallel.schedule={name}: is written for {written} {size}, but this job has {asked}; change either"
 
 
 @RULES.reads("parallel.schedule", "parallel.group_size", "parallel.in_flight")
@@ -216,7 +229,7 @@ def zero_3_meets_what_it_can(job: Job) -> Iterator[str]:
     config = job.config
     if config.parallel.zero != 3 or config.parallel.engine != "megalite":
         return
-    if config.parallel.schedule in SPLIT_BACKWARD:
+    if _splits_backward(config.parallel.schedule):
         yield (
             f"parallel.zero=3: parallel.schedule {config.parallel.schedule} computes weight gradients apart from the"
             " backward that zero 3 shards them in; set parallel.zero=2, or a schedule such as 1f1b or interleaved"
@@ -271,6 +284,16 @@ def _dp_is_known(job: Job) -> bool:
     """False where parallel.dp itself is wrong, or is to be what an impossible layout leaves."""
     filled = job.world_size is None or job.world_size % job.inner == 0
     return job.dp >= 1 and (filled or job.config.parallel.dp != -1)
+
+
+def _splits_backward(schedule: str) -> bool:
+    """Whether an op of its own computes the gradients of weights; a file that cannot be read has its own line."""
+    if not schedule.endswith(".csv"):
+        return schedule in SPLIT_BACKWARD
+    try:
+        return any(op.kind == Kind.W for row in load_csv(schedule).rows for op in row)
+    except UserError:
+        return False
 
 
 def _takes(schedule: str, option: str) -> bool:

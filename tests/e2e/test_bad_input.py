@@ -53,7 +53,7 @@ CONFIGURATION = {
     "fraction for a count": (["train", "model.layers=2.5"], "model.layers=2.5: expects a whole number"),
     "unknown choice of a group": (["train", "optim=adam"], "nearest: adamw"),
     "unknown experiment": (["train", "experiment=quikstart"], "nearest: quickstart"),
-    "unknown choice of a key": (["train", "optim.schedule=cos"], "legal: cosine, wsd, linear, constant"),
+    "unknown choice of a key": (["train", "optim.schedule=cos"], "legal: cosine, wsd, linear, inverse_sqrt, constant"),
     "the same key twice": (["train", "train.seed=1", "train.seed=2"], "train.seed: given twice"),
     "an open quote": (["train", "train.steps='5"], "cannot be read"),
     "a list without multirun": (["train", "train.seed=1,2"], "--multirun"),

@@ -16,6 +16,7 @@ from megalite.config.validate import derived, violations
 from megalite.mesh import Mesh
 from megalite.pipeline.schedule import Kind, make_schedule
 from megalite.pipeline.schedule.named import RECIPES
+from megalite.pipeline.schedule.text import write_csv
 
 SECTIONS = {
     "heads": "model", "kv_heads": "model", "head_dim": "model", "ffn": "model", "vocab": "model", "hidden": "model",
@@ -164,7 +165,7 @@ CASES: list[Case] = [
     (
         {"pp": 2, "schedule": "rows.csv"},
         None,
-        ["parallel.schedule=rows.csv: no such file", "1f1b"],
+        ["parallel.schedule=rows.csv: no such file"],
         [{"schedule": "1f1b"}],
     ),
     ({"pp": 2, "schedule": "1f1d"}, None, ["parallel.schedule=1f1d: unknown", "nearest: 1f1b", "FILE.csv"], []),
@@ -244,9 +245,19 @@ def test_two_mistakes_two_lines() -> None:
     assert "batch" not in " ".join(lines), "what is left for dp is not known, so nothing is said about the batch"
 
 
-def test_a_csv_that_is_there_is_legal(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("0F0,0B0\n")
-    assert violations(changed(schedule=str(tmp_path / "rows.csv"))) == []
+def test_a_csv_is_read_and_its_sizes_compared(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(write_csv(make_schedule("zb_h1", 2, 1, 2)))
+    assert violations(changed(schedule=str(file), pp=2)) == []
+    assert "apart from the backward" in violations(changed(schedule=str(file), pp=2, zero=3))[0]
+    lines = violations(changed(schedule=str(file), pp=4, micro_batch=1))
+    assert [line.split(": ")[1].split(";")[0] for line in lines] == [
+        "is written for 2 parallel.pp, but this job has 4",
+        "is written for 2 microbatches (train.global_batch / train.micro_batch / dp), but this job has 8",
+    ]
+    file.write_text("0F0,0X0\n")
+    (line,) = violations(changed(schedule=str(file)))
+    assert line.startswith(f"parallel.schedule={file}: line 1, entry 2, '0X0'")
 
 
 @pytest.mark.parametrize("name", RECIPES)
