@@ -12,6 +12,7 @@ from megalite.errors import UserError
 from megalite.pipeline.schedule.named import RECIPES, schedule_problems
 from megalite.pipeline.schedule.ops import Kind
 from megalite.pipeline.schedule.text import load_csv
+from megalite.pipeline.split import split_layers
 
 RULES = Rules()
 AXES = ("pp", "dp", "cp", "tp")
@@ -311,6 +312,10 @@ def derived(job: Job) -> dict[str, Any]:
         values["parallel.dp"] = job.dp
     if parallel.cp_kind == "hybrid" and parallel.ulysses == 0:
         values["parallel.ulysses"] = job.ulysses
+    if job.stages > 1 and parallel.layers is None:
+        values["parallel.layers"] = ",".join(
+            str(len(stage)) for stage in split_layers(job.config.model.layers, job.stages)
+        )
     if parallel.zero == 3 and parallel.shard_ranks == 0 and job.counts_ranks:
         values["parallel.shard_ranks"] = job.shard_ranks
     return values

@@ -19,18 +19,18 @@ def split_layers(
     embedding: float = 0.0,
     head: float = 0.0,
 ) -> list[range]:
-    """The layers of each stage: contiguous, in order, at least one each.
+    """The layers of each stage: contiguous, in order, at least one each; listed, the first and last may have none.
 
     `counts`: layers of each stage, as a user lists them. Otherwise the slowest stage is as fast as can be, and the
     stages as equal as that allows: `costs` of the layers (1 each by default, any unit) with those of `embedding` on the
     first stage and `head` on the last. Raises UserError for what a user can set, ValueError for costs that fit nothing.
     """
+    if counts is not None:
+        return _listed(layers, stages, counts)
     if stages > layers:
         raise UserError(
             f"parallel.pp: {stages} stages (pp x parallel.chunks) for model.layers {layers}; at most {layers} stages"
         )
-    if counts is not None:
-        return _listed(layers, stages, counts)
     slots = [1.0] * layers if costs is None else list(costs)
     if len(slots) != layers or min([*slots, embedding, head]) < 0:
         raise ValueError(f"{len(slots)} costs for {layers} layers; one each, none below 0")
@@ -42,11 +42,13 @@ def split_layers(
 def _listed(layers: int, stages: int, counts: Sequence[int]) -> list[range]:
     problems = []
     if len(counts) != stages:
-        problems.append(f"parallel.split: lists {len(counts)} stages; pp x parallel.chunks is {stages}; list {stages}")
-    if any(count < 1 for count in counts):
-        problems.append("parallel.split: a stage has at least 1 layer")
+        problems.append(f"parallel.layers: lists {len(counts)} stages; pp x parallel.chunks is {stages}; list {stages}")
+    if min(counts) < 0 or 0 in counts[1:-1]:  # an end without layers has the embedding or the head
+        problems.append("parallel.layers: at least 1 a stage; 0 only in the first and the last")
     if sum(counts) != layers:
-        problems.append(f"parallel.split: lists {sum(counts)} layers; model.layers is {layers}; their sum must be that")
+        problems.append(
+            f"parallel.layers: lists {sum(counts)} layers; model.layers is {layers}; their sum must be that"
+        )
     if problems:
         raise UserError(*problems)
     ends = list(itertools.accumulate(counts))

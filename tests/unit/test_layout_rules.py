@@ -288,6 +288,7 @@ def test_derived_values() -> None:
     hybrid = changed(cp=4, cp_kind="hybrid", heads=6, zero=3)
     values = derived(hybrid, 8)
     assert (values["parallel.ulysses"], values["parallel.dp"], values["parallel.shard_ranks"]) == (2, 2, 8)
+    assert derived(changed(pp=3), 3)["parallel.layers"] == "2,3,3"
     assert not {key for key in derived(changed(cp=4)) if key.startswith("parallel.")}
 
 

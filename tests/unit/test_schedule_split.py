@@ -55,12 +55,13 @@ def test_a_large_model_is_split_in_a_moment() -> None:
 
 def test_a_list() -> None:
     assert split_layers(6, 3, counts=[1, 3, 2]) == [range(1), range(1, 4), range(4, 6)]
+    assert [len(stage) for stage in split_layers(2, 4, counts=[0, 1, 1, 0])] == [0, 1, 1, 0]
     with pytest.raises(UserError) as caught:
-        split_layers(6, 3, counts=[0, 3])
+        split_layers(6, 3, counts=[0, 0, 2, 1])
     assert caught.value.lines == (
-        "parallel.split: lists 2 stages; pp x parallel.chunks is 3; list 3",
-        "parallel.split: a stage has at least 1 layer",
-        "parallel.split: lists 3 layers; model.layers is 6; their sum must be that",
+        "parallel.layers: lists 4 stages; pp x parallel.chunks is 3; list 3",
+        "parallel.layers: at least 1 a stage; 0 only in the first and the last",
+        "parallel.layers: lists 3 layers; model.layers is 6; their sum must be that",
     )
     with pytest.raises(UserError, match=r"8 stages .* for model.layers 4; at most 4"):
         split_layers(4, 8)
