@@ -6,7 +6,7 @@ rank it sees an interval too: one step of the ring is one call of the attention 
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megalite_kernels.attention import attention_backward, attention_forward
@@ -45,18 +45,48 @@ def spans_among(low_BS: Tensor, high_BS: Tensor, pieces: Pieces) -> tuple[Tensor
     return before(low_BS), before(high_BS)
 
 
-def merge(out: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor], seeing_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from attention over each: (out [B, S, H, D], log-sum-exp [B, H, S]).
+def merge(out_BSHD: Tensor, lse_BHS: Tensor, part: tuple[Tensor, Tensor], seeing_BS: Tensor) -> None:
+    """Take attention over further keys, `part`, into out and its log-sum-exp, in place and in their dtype.
 
-    `out` and the result are in the accumulation dtype, and -inf where nothing was seen yet. `seeing_BS`: queries that
-    see any key of `part`; of the others the kernel says (0, 0).
+    lse is -inf where nothing was seen yet. `seeing_BS`: queries that see any of the further keys; of the others the
+    kernel says (0, 0).
     """
-    (whole, lse), (added, added_lse) = out, part
-    added_lse = added_lse.masked_fill(~seeing_BS[:, None], -math.inf)
-    total = torch.logaddexp(lse, added_lse)
+    added, added_lse = part[0], part[1].masked_fill(~seeing_BS[:, None], -math.inf)
+    total = torch.logaddexp(lse_BHS, added_lse)
     finite = total.masked_fill(total == -math.inf, 0.0)
-    kept, new = (torch.exp(x - finite).transpose(1, 2).unsqueeze(-1) for x in (lse, added_lse))
-    return whole * kept + added * new, total
+    kept, new = (torch.exp(x - finite).transpose(1, 2).unsqueeze(-1) for x in (lse_BHS, added_lse))
+    out_BSHD.mul_(kept).addcmul_(added.to(out_BSHD.dtype), new)
+    lse_BHS.copy_(total)
+
+
+class _Step(NamedTuple):
+    """The work on one block: a run of this rank's queries, and the run of the block's keys that any of them sees."""
+
+    queries: slice
+    keys: slice
+    low_BS: Tensor  # of these queries, among these keys
+    high_BS: Tensor
+
+
+def _plan(low_BS: Tensor, high_BS: Tensor, blocks: list[Pieces]) -> list[_Step | None]:
+    """The work of each step; None where no query sees a key. One copy to the host tells the bounds of all steps."""
+    spans = [spans_among(low_BS, high_BS, pieces) for pieces in blocks]
+    length = low_BS.shape[1]
+    index = torch.arange(length, dtype=torch.int32, device=low_BS.device)
+    bounds = []
+    for low, high in spans:
+        blind = low >= high
+        blind_S = blind.all(0)
+        bounds += [index.masked_fill(blind_S, length).min(), index.masked_fill(blind_S, -1).max() + 1]
+        bounds += [low.masked_fill(blind, length).min(), high.masked_fill(blind, 0).max()]
+    steps: list[_Step | None] = []
+    for (low, high), (first, last, start, stop) in zip(spans, torch.stack(bounds).view(-1, 4).tolist(), strict=True):
+        if first >= last:
+            steps.append(None)
+            continue
+        among = [(x[:, first:last].clamp(start, stop) - start).contiguous() for x in (low, high)]
+        steps.append(_Step(slice(first, last), slice(start, stop), *among))
+    return steps
 
 
 class _RingAttention(torch.autograd.Function):
@@ -69,50 +99,53 @@ class _RingAttention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ranks, place = comm.mesh.size("ring"), comm.mesh.index("ring")
         # By step: the block of the rank `step` places before this one.
-        pieces = [zigzag(ranks * k.shape[1], ranks, (place - step) % ranks) for step in range(ranks)]
-        spans = [spans_among(low_BS, high_BS, held) for held in pieces]
-        seen = torch.stack([(low < high).any() for low, high in spans]).tolist()
+        blocks = [zigzag(ranks * k.shape[1], ranks, (place - step) % ranks) for step in range(ranks)]
+        steps = _plan(low_BS, high_BS, blocks)
         wide = accumulation_dtype(q.dtype)
         out = torch.zeros(q.shape, dtype=wide, device=q.device)
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=wide, device=q.device)
         own = block = torch.stack((k, v))
-        for step, (low, high) in enumerate(spans):
-            if step + 1 < ranks:
+        for number, step in enumerate(steps):
+            last = number + 1 == ranks
+            if not last:
                 (next_block,), arriving = comm.rotate([block], "ring")
-            if seen[step]:
-                part = attention_forward(q, block[0], block[1], low, high, scale, softcap)
-                out, lse = merge((out, lse), part, low < high)
-            if step + 1 < ranks:
+            if step is not None:
+                rows, (keys, values) = step.queries, block[:, :, step.keys]
+                part = attention_forward(q[:, rows], keys, values, step.low_BS, step.high_BS, scale, softcap)
+                merge(out[:, rows], lse[:, :, rows], part, step.low_BS < step.high_BS)
+            if not last:
                 arriving.wait()
                 block = next_block
         out = out.to(q.dtype)
         # 0 instead of -inf for a query that sees nothing, as the kernel has it.
-        lse = lse.masked_fill(lse == -math.inf, 0.0)
-        ctx.save_for_backward(q, own, low_BS, high_BS, out, lse)
-        ctx.comm, ctx.pieces, ctx.seen, ctx.scale, ctx.softcap = comm, pieces, seen, scale, softcap
+        lse.masked_fill_(lse == -math.inf, 0.0)
+        ctx.save_for_backward(q, own, out, lse)
+        ctx.comm, ctx.steps, ctx.scale, ctx.softcap = comm, steps, scale, softcap
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """A block's gradients follow it around, one step behind, and need one turn more to be home."""
-        q, block, low_BS, high_BS, out, lse = ctx.saved_tensors
+        q, block, out, lse = ctx.saved_tensors
         grad_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         grad_block = torch.zeros(block.shape, dtype=lse.dtype, device=q.device)
-        for step, held in enumerate(ctx.pieces):
-            first, last = step == 0, step + 1 == len(ctx.pieces)
+        for number, step in enumerate(ctx.steps):
+            first, last = number == 0, number + 1 == len(ctx.steps)
             if not last:
                 (next_block,), arriving = ctx.comm.rotate([block], "ring")
             if not first:
                 (grad_block,), returning = ctx.comm.rotate([grad_block], "ring")
-            if ctx.seen[step]:
-                low, high = spans_among(low_BS, high_BS, held)
-                grads = attention_backward(q, block[0], block[1], out, lse, grad_out, low, high, ctx.scale, ctx.softcap)
+            if step is not None:
+                rows, (keys, values) = step.queries, block[:, :, step.keys]
+                done = out[:, rows], lse[:, :, rows].contiguous(), grad_out[:, rows]
+                spans = step.low_BS, step.high_BS
+                grads = attention_backward(q[:, rows], keys, values, *done, *spans, ctx.scale, ctx.softcap)
             if not first:
                 returning.wait()
-            if ctx.seen[step]:
-                grad_q += grads[0]
-                grad_block[0] += grads[1]
-                grad_block[1] += grads[2]
+            if step is not None:
+                grad_q[:, rows] += grads[0]
+                grad_block[0, :, step.keys] += grads[1]
+                grad_block[1, :, step.keys] += grads[2]
             if not last:
                 arriving.wait()
                 block = next_block
