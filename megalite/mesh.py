@@ -1,4 +1,4 @@
-"""Who is where: the only place that turns ranks into groups. Process groups are made when first asked for, once.
+"""Who is where: the only place that turns ranks into groups. Process groups are made once, at the first use of one.
 
 Axes: pp (pipeline), dp (data), cp (context), tp (tensor); by default in this order, so that tp ranks are neighbours.
 cp is ring x ulysses, two axes of their own for the two ways of spreading attention. Experts see the ranks of a pipeline
@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 AXES = ("pp", "dp", "cp", "tp")
 EXPERT_AXES = ("edp", "ep", "etp")
+USUAL_GROUPS = (("pp",), ("dp",), ("cp",), ("tp",), ("ring",), ("ulysses",), ("dp", "cp"))
+"""What the engine communicates over, besides the whole world; with experts, over their axes too."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,23 @@ class Mesh:
         if len(ranks) == 1:
             return None
         assert self.rank in ranks, f"rank {self.rank} asked for a group of others: {ranks}"
-        key = tuple(ranks)
-        if key not in self._groups:
+        if not self._groups:
+            experts = tuple((axis,) for axis in EXPERT_AXES) if self.ep * self.etp > 1 else ()
+            for usual in USUAL_GROUPS + experts:
+                self._make(self.ranks(*usual))
+        self._make(ranks)
+        return self._groups[tuple(ranks)]
+
+    def _make(self, ranks: list[int]) -> None:
+        """Only the members of a group meet to make it, for stages of a pipeline may ask for different ones. torch names
+        such a group by its ranks and the number of groups made before, which must be the same on all members: hence the
+        usual groups are made together, in one order.
+        """
+        if len(ranks) > 1 and tuple(ranks) not in self._groups:
             whole = ranks == list(range(self.world_size))
-            # Stages of a pipeline ask for different groups, so only the members of a group meet to make it.
             made = dist.group.WORLD if whole else dist.new_group(ranks, use_local_synchronization=True)
             assert made is not None
-            self._groups[key] = made
-        return self._groups[key]
+            self._groups[tuple(ranks)] = made
 
     def _inside_a_stage(self) -> list[str]:
         return [axis for axis in _parts(self.order) if axis != "pp"]

@@ -55,10 +55,11 @@ class Attention(nn.Module):
         self.cp: ContextParallel | None = None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x_BSE = self.tp.enter(x).reshape(context.batch, -1, x.shape[-1])
-        q_BSHD = self.query(x_BSE).unflatten(-1, (-1, self.head_dim))
-        k_BSKD = self.tp.heads(self.key(x_BSE), self.kv_heads, self.head_dim, self.heads)
-        v_BSKD = self.tp.heads(self.value(x_BSE), self.kv_heads, self.head_dim, self.heads)
+        rows = self.tp.columns(x, (self.query, self.key, self.value))
+        q, k, v = (r.reshape(context.batch, -1, r.shape[-1]) for r in rows)
+        q_BSHD = q.unflatten(-1, (-1, self.head_dim))
+        k_BSKD = self.tp.heads(k, self.kv_heads, self.head_dim, self.heads)
+        v_BSKD = self.tp.heads(v, self.kv_heads, self.head_dim, self.heads)
         if self.qk_norm:
             q_BSHD, k_BSKD = self.query_norm(q_BSHD), self.key_norm(k_BSKD)
         rotation = context.rotation if self.window is None else context.local_rotation

@@ -37,8 +37,7 @@ class MLP(nn.Module):
         self.tp: TensorParallel = ALONE
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.tp.enter(x)
-        inner = (self.gate(x), self.up(x)) if self.gated else (self.up(x),)
+        inner = self.tp.columns(x, (self.gate, self.up) if self.gated else (self.up,))
         return recompute.run(self.recompute, self.contract, *inner)
 
     def contract(self, *inner: Tensor) -> Tensor:

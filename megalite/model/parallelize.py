@@ -24,7 +24,8 @@ def parallelize(
     """This rank's stages of `model`. `layers[stage]`: its blocks; `placement[stage]`: its rank along pp."""
     mine = [stage for stage, rank in enumerate(placement) if rank == comm.mesh.index("pp")]
     stages = [model.stage(layers[stage], stage == 0, stage == len(layers) - 1) for stage in mine]
-    spread_tensors(stages, comm, config.parallel.sp, sorted({placement[0], placement[-1]}))
+    tp = TensorParallel(comm, config.parallel.sp, config.parallel.overlap)
+    spread_tensors(stages, tp, sorted({placement[0], placement[-1]}))
     spread_context(stages, comm)
     for stage in stages:
         apply_recompute(stage, config.recompute)
@@ -33,16 +34,14 @@ def parallelize(
     return stages
 
 
-def spread_tensors(stages: Sequence[nn.Module], comm: Communicator, sp: bool, ends: Sequence[int] = (0,)) -> None:
+def spread_tensors(stages: Sequence[nn.Module], tp: TensorParallel, ends: Sequence[int] = (0,)) -> None:
     """Cut every weight to this rank's part over tp, and tell each module that communicates. `ends`: the places along pp
     of the first and the last stage, which both hold a tied embedding."""
     tied: dict[nn.Parameter, Sequence[int]] = {}
     for stage in stages:
-        both_ends = isinstance(stage, Transformer) and stage.config.tied_embeddings and (stage.first or stage.last)
-        if both_ends and len(ends) > 1:
-            tied[stage.embedding.weight] = ends
-    shard_parameters(stages, comm.mesh, sp, tied)
-    tp = TensorParallel(comm, sp)
+        if isinstance(stage, Transformer) and len(ends) > 1 and (weight := stage.tied_weight) is not None:
+            tied[weight] = ends
+    shard_parameters(stages, tp.comm.mesh, tp.sp, tied)
     for module in (module for stage in stages for module in stage.modules()):
         if hasattr(module, "tp"):
             module.tp = tp  # type: ignore[assignment]

@@ -91,6 +91,11 @@ class Transformer(nn.Module):
         return kept
 
     @property
+    def tied_weight(self) -> nn.Parameter | None:
+        """The weight that both ends of the model use, where this stage is one of them."""
+        return self.embedding.weight if self.config.tied_embeddings and (self.first or self.last) else None
+
+    @property
     def head_weight(self) -> Tensor:
         """weight[V, E] of the output projection: the embedding's own when tied."""
         return self.embedding.weight if self.config.tied_embeddings else self.head.weight

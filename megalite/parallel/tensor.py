@@ -5,6 +5,9 @@ over tp or, under sequence parallelism (arXiv:2205.05198), each rank holds part 
 [batch x sequence, hidden], so that joining them needs no copy.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from megalite_kernels import embedding, linear_cross_entropy, vocabulary_parallel_cross_entropy
 from torch import Tensor
@@ -12,15 +15,18 @@ from torch import Tensor
 from megalite.comm import Communicator
 from megalite.mesh import AXES, Mesh
 from megalite.parallel.collectives import gather_for_parts, scatter_sum, split, sum_backward, sum_forward
+from megalite.parallel.overlap import gathered_products
 from megalite.parallel.parameter import part
 
 
 class TensorParallel:
-    """One rank's side of the borders. `sp`: the residual stream is spread over tp."""
+    """One rank's side of the borders. `sp`: the residual stream is spread over tp. `overlap`: with sp, tokens are
+    gathered while they are multiplied."""
 
-    def __init__(self, comm: Communicator, sp: bool = False) -> None:
+    def __init__(self, comm: Communicator, sp: bool = False, overlap: bool = False) -> None:
         self.comm, self.size, self.index = comm, comm.mesh.size("tp"), comm.mesh.index("tp")
         self.sp = sp and self.size > 1
+        self.overlap = overlap and self.sp
 
     def enter(self, x: Tensor) -> Tensor:
         """Residual stream to the input of split weights: all tokens on every rank ([N, E] under sp, else as it is).
@@ -30,6 +36,14 @@ class TensorParallel:
         if self.sp:
             return gather_for_parts(x, self.comm, "tp")
         return sum_backward(x, self.comm, "tp")
+
+    def columns(self, x: Tensor, linears: Sequence[Any]) -> list[Tensor]:
+        """Residual stream through linears with split outputs: each one's [..., outputs / tp] for all tokens."""
+        if self.overlap:
+            weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+            return list(gathered_products(x, weights, biases, self.comm, linears[0].deferred))
+        entered = self.enter(x)
+        return [linear(entered) for linear in linears]
 
     def leave(self, partial: Tensor) -> Tensor:
         """Every rank's term of a sublayer's output [..., E] to the residual stream."""
