@@ -1,6 +1,6 @@
-"""Rules of the layout: ranks over axes, the model and the batch over ranks, stages, and what goes with what.
+"""Rules of the layout: ranks over axes, the model and the batch over ranks, and what goes with what.
 
-All are checked before any process group starts. Quotients and sums of keys only; the schedules' own rules are theirs.
+All are checked before any process group starts. Pipelines have theirs in `stages.py`.
 """
 
 import math
@@ -8,17 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalite.config.rules import Job, Rules, around, divisors, divisors_near, nearest_numbers
-from megalite.errors import UserError
-from megalite.pipeline.schedule.named import RECIPES, schedule_problems
-from megalite.pipeline.schedule.ops import Kind
-from megalite.pipeline.schedule.text import load_csv
 from megalite.pipeline.split import split_layers
 
 RULES = Rules()
 AXES = ("pp", "dp", "cp", "tp")
 INNER = ("parallel.pp", "parallel.cp", "parallel.tp")
-SPLIT_BACKWARD = ("zb_h1", "zb_h2", "zb_auto", "zbv", "v_half", "dualpipev")
-"""Schedules that compute the gradients of weights in an op of their own."""
 
 
 @RULES.reads("parallel.dp", *INNER)
@@ -60,7 +54,7 @@ def experts_are_not_built(job: Job) -> Iterator[str]:
 @RULES.reads("train.global_batch", "train.micro_batch", "parallel.dp", *INNER)
 def global_batch_divides(job: Job) -> Iterator[str]:
     train = job.config.train
-    if not _dp_is_known(job):
+    if not job.knows_dp:
         return
     step = train.micro_batch * job.dp
     if train.global_batch % step:
@@ -151,90 +145,11 @@ def ulysses_divides_cp_and_heads(job: Job) -> Iterator[str]:
             )
 
 
-@RULES.reads("parallel.pp", "parallel.chunks", "parallel.layers", "model.layers")
-def stages_share_the_layers(job: Job) -> Iterator[str]:
-    parallel, layers, stages = job.config.parallel, job.config.model.layers, job.stages
-    shape = f"parallel.pp {parallel.pp} x parallel.chunks {parallel.chunks}"
-    try:
-        listed = job.stage_layers
-    except ValueError:
-        yield f"parallel.layers={parallel.layers}: expects auto, null, or {stages} numbers, one a stage ({shape})"
-        return
-    if listed is None:
-        if stages > layers:
-            axis, others = ("pp", parallel.chunks) if parallel.pp >= parallel.chunks else ("chunks", parallel.pp)
-            most = f"at most {layers // others}" if others <= layers else "both smaller"
-            yield (
-                f"parallel.{axis}={getattr(parallel, axis)}: {shape} is {stages} stages for {layers} layers"
-                f" (model.layers); {most}"
-            )
-    elif len(listed) != stages:
-        yield f"parallel.layers={parallel.layers}: lists {len(listed)} stages; expects {stages} ({shape})"
-    elif sum(listed) != layers:
-        yield f"parallel.layers={parallel.layers}: sums to {sum(listed)}; expects model.layers {layers}"
-    elif min(listed) < 0 or 0 in listed[1:-1]:
-        yield f"parallel.layers={parallel.layers}: at least 1 a stage; 0 only where embedding or head is a stage alone"
-
-
-@RULES.reads("parallel.schedule", "parallel.chunks", "train.global_batch", "train.micro_batch", "parallel.dp", *INNER)
-def schedule_takes_the_shape(job: Job) -> Iterator[str]:
-    parallel = job.config.parallel
-    name = parallel.schedule
-    microbatches = job.accumulation if _batch_divides(job) else None
-    if not name.endswith(".csv"):
-        yield from schedule_problems(name, parallel.pp, parallel.chunks, microbatches or 1)
-        return
-    try:
-        rows = load_csv(name)
-    except UserError as error:
-        yield from (f"parallel.schedule={line}" for line in error.lines)
-        return
-    sizes = {
-        "parallel.pp": (parallel.pp, rows.pp),
-        "parallel.chunks": (parallel.chunks, rows.chunks),
-        "microbatches (train.global_batch / train.micro_batch / dp)": (microbatches, rows.microbatches),
-    }
-    for size, (asked, written) in sizes.items():
-        if asked not in (None, written):
-            yield f"parallel.schedule={name}: is written for {written} {size}, but this job has {asked}; change either"
-
-
-@RULES.reads("parallel.schedule", "parallel.group_size", "parallel.in_flight")
-def schedule_has_the_option(job: Job) -> Iterator[str]:
-    name = job.config.parallel.schedule
-    for key, option in (("group_size", "group"), ("in_flight", "limit")):
-        value = getattr(job.config.parallel, key)
-        if value and not _takes(name, option):
-            takers = " and ".join(other for other in RECIPES if _takes(other, option))
-            yield f"parallel.{key}={value}: only of parallel.schedule {takers} (now {name}); set 0"
-
-
-@RULES.reads(
-    "parallel.group_size", "parallel.schedule", "train.global_batch", "train.micro_batch", "parallel.dp", *INNER
-)
-def groups_fill_the_pipeline(job: Job) -> Iterator[str]:
-    parallel, size = job.config.parallel, job.config.parallel.group_size
-    if size == 0 or not _takes(parallel.schedule, "group") or not _batch_divides(job):
-        return
-    total = job.accumulation
-    legal = [n for n in range(min(parallel.pp, total), total + 1) if total % n == 0 or total % n >= parallel.pp]
-    if min(size, total) not in legal:
-        yield (
-            f"parallel.group_size={size}: cuts {total} microbatches into groups of {size} and a rest of {total % size};"
-            f" each needs parallel.pp {parallel.pp}; nearest: {nearest_numbers(size, legal)}"
-        )
-
-
-@RULES.reads("parallel.zero", "parallel.schedule", "optim.name", "train.deterministic")
+@RULES.reads("parallel.zero", "parallel.engine", "optim.name", "train.deterministic")
 def zero_3_meets_what_it_can(job: Job) -> Iterator[str]:
     config = job.config
     if config.parallel.zero != 3 or config.parallel.engine != "megalite":
         return
-    if _splits_backward(config.parallel.schedule):
-        yield (
-            f"parallel.zero=3: parallel.schedule {config.parallel.schedule} computes weight gradients apart from the"
-            " backward that zero 3 shards them in; set parallel.zero=2, or a schedule such as 1f1b or interleaved"
-        )
     if config.optim.name == "muon":
         yield "parallel.zero=3: not built for optim=muon, which needs whole matrices; legal: 0, 1, 2; or optim=adamw"
     if config.train.deterministic == "layout":
@@ -246,7 +161,7 @@ def copies_divide_the_replicas(job: Job) -> Iterator[str]:
     parallel, size = job.config.parallel, job.config.parallel.shard_ranks
     if size and (parallel.zero != 3 or parallel.engine != "megalite"):
         yield f"parallel.shard_ranks={size}: has no effect without parallel.zero=3 and parallel.engine=megalite; set 0"
-    elif size and job.counts_ranks and _dp_is_known(job) and job.dp * parallel.cp % size:
+    elif size and job.counts_ranks and job.knows_dp and job.dp * parallel.cp % size:
         yield (
             f"parallel.shard_ranks={size}: does not divide the {job.dp * parallel.cp} ranks of dp {job.dp} x cp"
             f" {parallel.cp}; nearest: {divisors_near(size, job.dp * parallel.cp)}; or 0 for all"
@@ -281,33 +196,10 @@ def _pieces(cp: int) -> int:
     return 2 * cp if cp > 1 else 1
 
 
-def _dp_is_known(job: Job) -> bool:
-    """False where parallel.dp itself is wrong, or is to be what an impossible layout leaves."""
-    filled = job.world_size is None or job.world_size % job.inner == 0
-    return job.dp >= 1 and (filled or job.config.parallel.dp != -1)
-
-
-def _splits_backward(schedule: str) -> bool:
-    """Whether an op of its own computes the gradients of weights; a file that cannot be read has its own line."""
-    if not schedule.endswith(".csv"):
-        return schedule in SPLIT_BACKWARD
-    try:
-        return any(op.kind == Kind.W for row in load_csv(schedule).rows for op in row)
-    except UserError:
-        return False
-
-
-def _takes(schedule: str, option: str) -> bool:
-    return schedule in RECIPES and option in RECIPES[schedule].options
-
-
-def _batch_divides(job: Job) -> bool:
-    return _dp_is_known(job) and job.config.train.global_batch % (job.config.train.micro_batch * job.dp) == 0
-
-
 def derived(job: Job) -> dict[str, Any]:
     """What -1, 0 and null of the layout stand for: key -> value in force. Only for a valid configuration."""
-    parallel, values = job.config.parallel, {}
+    parallel = job.config.parallel
+    values: dict[str, Any] = {}
     if parallel.dp == -1 and job.counts_ranks:
         values["parallel.dp"] = job.dp
     if parallel.cp_kind == "hybrid" and parallel.ulysses == 0:

@@ -54,6 +54,16 @@ class Job:
         return self.world_size is not None or self.config.parallel.dp != -1
 
     @property
+    def knows_dp(self) -> bool:
+        """False where parallel.dp itself is wrong, or is to be what an impossible layout leaves."""
+        fits = self.world_size is None or self.world_size % self.inner == 0
+        return self.dp >= 1 and (fits or self.config.parallel.dp != -1)
+
+    @property
+    def batch_divides(self) -> bool:
+        return self.knows_dp and self.config.train.global_batch % (self.config.train.micro_batch * self.dp) == 0
+
+    @property
     def accumulation(self) -> int:
         """Microbatches a rank computes in a step."""
         return self.config.train.global_batch // (self.config.train.micro_batch * self.dp)

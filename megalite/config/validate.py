@@ -1,13 +1,13 @@
 """Every rule of the configuration, checked together: a violation is a line with key, value, reason and legal values.
 
-A key's own limits stand in the schema, the layout's rules in `layout.py`; all others are small functions here.
+A key's own limits stand in the schema, the layout's rules in `layout.py` and `stages.py`; the others are here.
 """
 
 import math
 from collections.abc import Iterator
 from typing import Any
 
-from megalite.config import layout
+from megalite.config import layout, stages
 from megalite.config.rules import Job, Rules, divisors_near
 from megalite.config.schema import Config
 from megalite.config.tree import leaves, nearest, value_at
@@ -31,7 +31,12 @@ def violations(config: Config, world_size: int | None = None) -> list[str]:
     job = Job(config, world_size)
     return [
         *bad.values(),
-        *(line for keys, rule in [*layout.RULES, *RULES] if not bad.keys() & set(keys) for line in rule(job)),
+        *(
+            line
+            for keys, rule in [*layout.RULES, *stages.RULES, *RULES]
+            if not bad.keys() & set(keys)
+            for line in rule(job)
+        ),
     ]
 
 

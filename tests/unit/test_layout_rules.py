@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megalite.config import layout, stages
 from megalite.config.build import build
-from megalite.config.layout import RULES, SPLIT_BACKWARD
 from megalite.config.load import load_config
 from megalite.config.rules import Job
 from megalite.config.schema import Config
@@ -232,16 +232,17 @@ def test_one_violation_one_line_and_its_remedies(
 
 
 def test_every_rule_can_fail() -> None:
+    rules = [*layout.RULES, *stages.RULES]
     failing = {
-        rule.__name__ for values, world, *_ in CASES for _, rule in RULES if list(rule(Job(changed(**values), world)))
+        rule.__name__ for values, world, *_ in CASES for _, rule in rules if list(rule(Job(changed(**values), world)))
     }
-    assert failing == {rule.__name__ for _, rule in RULES}
+    assert failing == {rule.__name__ for _, rule in rules}
 
 
 def test_two_mistakes_two_lines() -> None:
     lines = violations(changed(tp=4, engine="deepspeed", ep=2, schedule="none", global_batch=7), 6)
     keys = [line.split("=")[0] for line in lines]
-    assert keys == ["parallel.tp", "parallel.ep", "parallel.tp", "parallel.schedule", "parallel.tp"]
+    assert keys == ["parallel.tp", "parallel.ep", "parallel.tp", "parallel.tp", "parallel.schedule"]
     assert "batch" not in " ".join(lines), "what is left for dp is not known, so nothing is said about the batch"
 
 
@@ -263,7 +264,7 @@ def test_a_csv_is_read_and_its_sizes_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_which_schedules_split_the_backward(name: str) -> None:
     schedule = make_schedule(name, 2, RECIPES[name].chunks[0], 4)
-    assert (name in SPLIT_BACKWARD) == any(op.kind == Kind.W for row in schedule.rows for op in row)
+    assert (name in stages.SPLIT_BACKWARD) == any(op.kind == Kind.W for row in schedule.rows for op in row)
 
 
 @pytest.mark.parametrize(("experiment", "world"), [("llama3_8b", 8), ("llama3_70b", 64), ("llama3_405b", 16384)])
