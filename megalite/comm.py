@@ -131,6 +131,14 @@ class Communicator:
         work = _reduce_scatter(shard, whole, dist.ReduceOp.SUM, group, async_op)
         return work if async_op else None
 
+    def add_in_order(self, total: torch.Tensor, whole: torch.Tensor, *axes: str) -> None:
+        """Add every rank's flat `whole` onto flat `total`, this rank's part of the sum, one after another in rank order:
+        however many ranks share out a row of terms, the sum has the same bits."""
+        group = self._enter("add_in_order", axes, whole)
+        parts = [whole] if group is None else self._exchanged(whole, group)
+        for part in parts:
+            total += part
+
     def all_to_all(
         self, tensor: torch.Tensor, *axes: str, send: list[int] | None = None, receive: list[int] | None = None
     ) -> torch.Tensor:
@@ -248,13 +256,17 @@ class Communicator:
 
     def _ordered_shard(self, whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         """This rank's part of the sum of flat `whole` (divisible), added up in rank order."""
-        got = torch.empty_like(whole)
-        dist.all_to_all_single(got, whole, group=group)
-        parts = got.view(group.size(), -1)
+        parts = self._exchanged(whole, group)
         total = parts[0].clone()
         for part in parts[1:]:
             total += part
         return total
+
+    def _exchanged(self, whole: torch.Tensor, group: dist.ProcessGroup) -> Sequence[torch.Tensor]:
+        """Every rank's term of this rank's part of the sum of flat `whole`, in rank order."""
+        got = torch.empty_like(whole)
+        dist.all_to_all_single(got, whole, group=group)
+        return got.chunk(group.size())
 
     def _ordered_all_reduce(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
         flat = tensor.contiguous().view(-1)

@@ -7,7 +7,7 @@ Everything stored is a tensor; a checkpoint that names a file outside its own fo
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megalite.checkpoint.planner import HeldLoadPlanner, HeldSavePlanner
+from megalite.comm import Communicator
 from megalite.errors import UserError
+from megalite.mesh import AXES
+from megalite.parallel.boxes import Held
 
 METADATA_FILE = "metadata.json"
 
@@ -97,45 +101,60 @@ def first_cause(error: dcp.CheckpointException) -> str:
     return str(getattr(cause, "strerror", None) or " ".join(str(cause).split()))
 
 
-def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    """Write `tensors` into `folder`, shared out over the ranks of `group` (None: this process alone).
+def save_tensors(folder: Path, tensors: Mapping[str, Held], group: dist.ProcessGroup | None) -> None:
+    """Write `tensors` into `folder`, each rank of `group` (None: this process alone) what it stores of them.
 
-    OSError on every rank when one of them could not write.
+    Together the ranks must hold every element; replicas share out what they all hold. OSError on every rank when one of
+    them could not write.
     """
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
     writer = JsonWriter(folder, single_file_per_rank=True, sync_files=True)
+    planner = HeldSavePlanner(tensors)
     try:
         with quiet_alone():
-            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
+            dcp.save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         raise OSError(0, first_cause(error)) from error
 
 
 def load_tensors(
-    folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None, also_stored: tuple[str, ...] = ()
+    folder: Path, tensors: Mapping[str, Held], comm: Communicator | None = None, also_stored: tuple[str, ...] = ()
 ) -> None:
-    """Fill `tensors` in place. Every one must be there with its shape and dtype; what else is stored must begin with
-    "rng." or one of `also_stored`."""
+    """Fill `tensors` in place, whatever layout stored them, with all ranks of `comm` (None: this process alone).
+
+    Every one must be there with its logical shape and dtype; what else is stored must begin with "rng.", with one of
+    `also_stored`, or be wanted by another rank. UserError otherwise, on every rank.
+    """
     metadata = read_metadata(folder).state_dict_metadata
-    problems = [f"{name} missing" for name in tensors if name not in metadata]
-    known = ("rng.", *also_stored)
-    problems += [f"{name} unexpected" for name in metadata if name not in tensors and not name.startswith(known)]
-    for name, tensor in tensors.items():
-        stored = metadata.get(name)
-        if isinstance(stored, TensorStorageMetadata) and (
-            stored.size != tensor.shape or stored.properties.dtype != tensor.dtype
-        ):
-            expected = f"{tuple(tensor.shape)} {tensor.dtype}"
-            problems.append(f"{name} is {tuple(stored.size)} {stored.properties.dtype}, expected {expected}")
+    problems = _mismatches(metadata, tensors)
+    names = sorted(name for name in metadata if not name.startswith(("rng.", *also_stored)))
+    wanted = torch.tensor([int(name in tensors) for name in names])
+    if comm is not None:
+        comm.all_reduce(wanted, *AXES, op="max")
+        problems = list(dict.fromkeys(line for lines in comm.gather_json(problems[:3]) for line in lines))
+    problems += [f"{name} unexpected" for name, known in zip(names, wanted.tolist(), strict=True) if not known]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{folder}: made by another model or optimizer ({'; '.join(problems[:3])}{more})")
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
-    reader = JsonReader(folder)
+    group = None if comm is None else comm.mesh.group(*AXES)
+    planner = HeldLoadPlanner(tensors)
     try:
         with quiet_alone():
-            dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+            dcp.load({}, storage_reader=JsonReader(folder), planner=planner, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         raise UserError(
             f"{folder}: damaged ({first_cause(error)}); delete the folder to go on from an older checkpoint"
         ) from error
+
+
+def _mismatches(metadata: Mapping[str, Any], tensors: Mapping[str, Held]) -> list[str]:
+    """What `tensors` asks for and is not stored as it should be."""
+    problems = [f"{name} missing" for name in tensors if name not in metadata]
+    for name, held in tensors.items():
+        stored = metadata.get(name)
+        if isinstance(stored, TensorStorageMetadata) and (stored.size, stored.properties.dtype) != (
+            torch.Size(held.shape),
+            held.dtype,
+        ):
+            expected = f"{held.shape} {held.dtype}"
+            problems.append(f"{name} is {tuple(stored.size)} {stored.properties.dtype}, expected {expected}")
+    return problems

@@ -9,15 +9,15 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megalite.comm import Communicator
 from megalite.disk import sync
 from megalite.errors import RunError, UserError
 from megalite.mesh import AXES
+from megalite.parallel.boxes import Held
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 MANIFEST = "manifest.json"
@@ -42,7 +42,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, comm: Communicator, keep: int) -> None:
         self.folder, self.comm, self.keep = folder, comm, keep
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], trainer: dict[str, Any]) -> Path:
+    def save(self, step: int, tensors: Mapping[str, Held], trainer: dict[str, Any]) -> Path:
         """Write step's checkpoint; when this returns it is complete on disk. An I/O failure leaves no folder behind."""
         final = self.folder / f"step_{step:08d}"
         part = self.folder / f"{final.name}.part"

@@ -13,6 +13,7 @@ from megalite.config.build import build
 from megalite.config.schema import Config
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import UserError
+from megalite.parallel.boxes import Held
 
 
 def is_training(path: Path) -> bool:
@@ -46,9 +47,9 @@ def open_training(path: Path) -> StoredModel:
     }
 
     def tensor(name: str) -> Tensor:
-        wanted = {f"model.{name}": torch.empty(entries[name].size, dtype=entries[name].properties.dtype)}
-        load_tensors(checkpoint, wanted, None, also_stored=("model.", "optim."))
-        return wanted[f"model.{name}"]
+        wanted = torch.empty(entries[name].size, dtype=entries[name].properties.dtype)
+        load_tensors(checkpoint, {f"model.{name}": Held.whole(wanted)}, also_stored=("model.", "optim."))
+        return wanted
 
     tokenizer = checkpoint.parent.parent / "tokenizer.json"
     end = load_tokenizer(str(tokenizer)).eod if tokenizer.is_file() else None

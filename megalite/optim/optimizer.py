@@ -1,15 +1,20 @@
 """The optimizer: groups by declared role, float32 main weights behind a low-precision model, state by logical name."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from megalite.config.schema import OptimConfig
+from megalite.mesh import AXES
 from megalite.optim.muon import Muon
 from megalite.optim.schedule import lr_share
-from megalite.parallel.data import REPLICATED_OVER, Gradients
-from megalite.parallel.parameter import Role, declared_parameters
+from megalite.parallel.boxes import Held
+from megalite.parallel.buckets import Slot
+from megalite.parallel.data import Gradients, Piece
+from megalite.parallel.parameter import Role
+from megalite.parallel.weights import ShardedWeights
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
@@ -49,38 +54,41 @@ def rule_for(role: Role, optim: OptimConfig) -> Rule:
 
 
 class Optimizer:
-    """Updates a model from its `Gradients`.
+    """Updates this rank's stages from their `Gradients`, each rank the pieces that ZeRO leaves it.
 
     The weights that are updated ("main") are the model's own parameters where these have the gradients' dtype;
-    otherwise float32 copies, written back after each step.
+    otherwise float32 copies, written back after each step. Sharded weights are gathered while the next forward pass
+    already runs; `wait` before reading parameters otherwise than through a module.
     """
 
-    def __init__(self, model: nn.Module, gradients: Gradients, optim: OptimConfig, steps: int) -> None:
+    def __init__(self, chunks: Sequence[nn.Module], gradients: Gradients, optim: OptimConfig, steps: int) -> None:
         self.config, self.steps, self.comm = optim, steps, gradients.comm
-        self.main: dict[str, torch.Tensor] = {}
-        self._copies: list[tuple[nn.Parameter, torch.Tensor]] = []
-        groups: dict[Rule, list[torch.Tensor]] = {}
-        for name, parameter, declared in declared_parameters(model):
-            gradient = gradients.of(parameter)
-            main: torch.Tensor = parameter
-            if gradient.dtype != parameter.dtype:
-                main = parameter.detach().to(gradient.dtype)
-                main.grad = gradient
-                self._copies.append((parameter, main))
-            self.main[name] = main
-            groups.setdefault(rule_for(declared.role, optim), []).append(main)
-        self.rules = [self._build(rule, weights) for rule, weights in groups.items()]
+        self.weights = ShardedWeights(chunks, gradients.buckets, gradients.comm)
+        self.main: dict[Piece, torch.Tensor] = {}
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for piece in gradients.pieces():
+            weight = self.weights.part(piece).detach()
+            main = self.main[piece] = weight.to(gradients.dtype)
+            main.grad = piece.gradient
+            if main.dtype != weight.dtype:
+                self._copies.append((weight, main))
+        by_rule: dict[Rule, list[Slot]] = {}
+        for slot in gradients.slots():
+            by_rule.setdefault(rule_for(slot.declared.role, optim), []).append(slot)
+        self.rules = [self._build(rule, slots, gradients) for rule, slots in by_rule.items()]
         self._make_state()
 
-    def _build(self, rule: Rule, weights: list[torch.Tensor]) -> torch.optim.Optimizer:
-        optim = self.config
-        groups = [{"params": weights, "peak_lr": rule.lr}]
+    def _build(self, rule: Rule, slots: list[Slot], gradients: Gradients) -> torch.optim.Optimizer:
+        optim, chosen = self.config, set(slots)
+        pieces = [piece for piece in self.main if piece.slot in chosen]
+        groups = [{"params": [self.main[piece] for piece in pieces], "peak_lr": rule.lr}]
         if rule.muon:
-            return Muon(groups, rule.lr, optim.momentum, rule.weight_decay, self.comm, REPLICATED_OVER)
+            return Muon(groups, rule.lr, optim.momentum, rule.weight_decay, gradients, slots, pieces)
         if optim.name == "sgd":
             return DecoupledSGD(groups, rule.lr, optim.momentum, weight_decay=rule.weight_decay)
-        betas = (optim.beta1, optim.beta2)
-        return torch.optim.AdamW(groups, rule.lr, betas, optim.eps, weight_decay=rule.weight_decay, fused=True)
+        betas, fused = (optim.beta1, optim.beta2), not self.comm.ordered
+        # The fused kernel rounds the last few elements of a tensor differently, so its bits depend on sharding.
+        return torch.optim.AdamW(groups, rule.lr, betas, optim.eps, weight_decay=rule.weight_decay, fused=fused)
 
     def _make_state(self) -> None:
         """Create every moment now, so that checkpoints have the same keys before and after the first step."""
@@ -99,30 +107,64 @@ class Optimizer:
 
     def step(self, step: int) -> None:
         """Update from the gradients as they stand, with the learning rate of `step`."""
+        self.wait()
         share = lr_share(self.config, step, self.steps)
         for rule in self.rules:
             for group in rule.param_groups:
                 group["lr"] = group["peak_lr"] * share
             rule.step()
+        self._publish()
+
+    def _publish(self) -> None:
+        """Bring the main weights into the model, on every replica."""
         if self._copies:
             with torch.no_grad():
                 models, mains = zip(*self._copies, strict=True)
                 torch._foreach_copy_(models, mains)
+        self.weights.gather()
 
-    def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Main weights and moments, as live tensors keyed `model.<name>` and `optim.<name>.<moment>`."""
-        names = {id(main): name for name, main in self.main.items()}
-        tensors = {f"model.{name}": main.detach() for name, main in self.main.items()}
-        for rule in self.rules:
-            for weight, state in rule.state.items():
-                for key, value in state.items():
-                    tensors[f"optim.{names[id(weight)]}.{key}"] = value
+    def wait(self) -> None:
+        """Every parameter of the model is as the last step left it."""
+        self.weights.wait()
+
+    def state_bytes(self) -> int:
+        """What weights and moments take in a checkpoint, over all ranks; a collective."""
+        states = {id(weight): state for rule in self.rules for weight, state in rule.state.items()}
+        stored = sum(
+            tensor.numel() * tensor.element_size()
+            for piece, main in self.main.items()
+            if piece.slot.placed.counted and (piece.bucket.sharded or piece.bucket.place == 0)
+            for tensor in (main, *states[id(main)].values())
+        )
+        total = torch.tensor([stored])
+        self.comm.all_reduce(total, *AXES)
+        return int(total)
+
+    def state_tensors(self) -> dict[str, Held]:
+        """Main weights and moments, live, keyed `model.<name>` and `optim.<name>.<moment>`: the boxes held here."""
+        states = {id(weight): state for rule in self.rules for weight, state in rule.state.items()}
+        tensors: dict[str, Held] = {}
+        for piece, main in self.main.items():
+            tensors[f"model.{piece.slot.name}"] = _held(piece, main.detach())
+            for key, value in states[id(main)].items():
+                tensors[f"optim.{piece.slot.name}.{key}"] = _held(piece, value)
         return tensors
 
     @torch.no_grad()
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over tensors saved by `state_tensors`, all of them."""
-        for key, value in self.state_tensors().items():
-            value.copy_(tensors[key])
-        for parameter, main in self._copies:
-            parameter.copy_(main)
+    def load_state_tensors(self, tensors: Mapping[str, Held]) -> None:
+        """Take over tensors saved by `state_tensors`, all of them; those may be the live ones, filled in place."""
+        for key, held in self.state_tensors().items():
+            for (_, value), (_, loaded) in zip(held.parts, tensors[key].parts, strict=True):
+                value.copy_(loaded)
+        self._publish()
+        self.wait()
+
+
+def _held(piece: Piece, value: torch.Tensor) -> Held:
+    """A piece's values, or its scalar, which whoever holds the tensor's first element stores."""
+    placed, declared = piece.slot.placed, piece.slot.declared
+    if value.dim() == 0:
+        first = piece.start == 0 and not any(placed.offsets)
+        return Held((), ((((), ()), value),), placed.counted and first)
+    box = (placed.offsets, placed.shape)
+    return Held.run(declared.shape, box, value, piece.start, piece.stop, placed.counted)

@@ -1,109 +1,294 @@
-"""Data parallelism: gradients live in flat buckets, accumulate over microbatches, and are summed over ranks while the
-backward pass still runs. Gradients are sums; the loss is divided by the global token count before backward.
+"""Data parallelism and ZeRO 1 and 2: gradients live in flat buckets, accumulate over microbatches, and are summed over
+ranks while the backward pass still runs. Gradients are sums; the loss is divided by the global token count before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from megalite.comm import Communicator
+from megalite.comm import Communicator, Handle
+from megalite.mesh import AXES
+from megalite.parallel.buckets import Bucket, Slot, make_buckets
 
 REPLICATED_OVER = ("dp", "cp")
 """Mesh axes whose ranks hold the same parameters but see different tokens."""
+IN_FLIGHT = 2
+"""Reduce-scatters under way at once, where each holds a whole bucket that is otherwise not kept."""
 
 
-class Bucket:
-    """A flat buffer of gradients in `dtype`, summed over ranks by one collective."""
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What this rank updates of one parameter: elements `start`..`stop` in row-major order, and their `gradient`.
 
-    def __init__(self, parameters: list[nn.Parameter], dtype: torch.dtype) -> None:
-        self.parameters = parameters
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=dtype, device=parameters[0].device)
-        self.views, start = [], 0
-        for parameter in parameters:
-            self.views.append(self.flat[start : start + parameter.numel()].view_as(parameter))
-            start += parameter.numel()
-        self.missing = 0
-        self.work: Any = None
+    Unless the bucket is sharded that is the whole parameter, and `gradient` has its shape; else both are flat.
+    """
+
+    slot: Slot
+    bucket: Bucket
+    start: int
+    stop: int
+    gradient: torch.Tensor
+
+
+class _Buffer:
+    """The gradients of a bucket in `dtype`.
+
+    `streams`: what arrives is reduced after every microbatch and added onto `shard`, so the whole bucket is there only
+    in passing; else it accumulates in `whole` and is reduced once.
+    """
+
+    def __init__(self, bucket: Bucket, dtype: torch.dtype, comm: Communicator, zero: int) -> None:
+        self.bucket, self.comm = bucket, comm
+        self.streams = bucket.ranks > 1 and (zero == 2 or comm.ordered)
+        self._new = lambda n: torch.zeros(n, dtype=dtype, device=bucket.slots[0].parameter.device)
+        self.whole = None if self.streams and bucket.sharded else self._new(bucket.size)
+        if self.whole is None or self.streams or bucket.sharded:
+            self.shard = self.total = self._new(bucket.part)  # total: what the replicas have summed
+        else:
+            self.shard, self.total = self.whole[bucket.low : bucket.high], self.whole
+        self.result = self.shard if self.whole is None or bucket.sharded else self.whole
+        self.arriving = None if self.streams else self.whole
+        self.missing = self._all()
+        self._work: Handle | None = None
+        self._sent: torch.Tensor | None = None
+        self._got: torch.Tensor | None = None
+
+    def _all(self) -> set[nn.Parameter]:
+        return {slot.parameter for slot in self.bucket.slots}
+
+    def view(self, slot: Slot) -> torch.Tensor:
+        """Where the gradient of a parameter accumulates now."""
+        if self.arriving is None:
+            self.arriving = self._new(self.bucket.size)
+        return self.arriving[slot.start : slot.stop].view_as(slot.parameter)
+
+    def zero(self) -> None:
+        self.settle()
+        if self.streams:
+            self.arriving = None
+        elif self.whole is not None:
+            self.whole.zero_()
+        self.shard.zero_()
+        self.missing = self._all()
+
+    def launch(self) -> None:
+        """Start the sum over the replicas of what has arrived."""
+        self.settle()
+        comm, axes = self.comm, self.bucket.replicas
+        if not self.streams:
+            assert self.whole is not None
+            if self.bucket.sharded:
+                self._work = comm.reduce_scatter_into(self.shard, self.whole, *axes, async_op=True)
+            else:
+                self._work = comm.all_reduce(self.whole, *axes, async_op=True)
+            return
+        sent = self.arriving if self.arriving is not None else self._new(self.bucket.size)
+        self.arriving, self.missing = None, self._all()
+        if comm.ordered:
+            comm.add_in_order(self.shard, sent, *axes)
+            return
+        self._sent, self._got = sent, torch.empty_like(self.shard)
+        self._work = comm.reduce_scatter_into(self._got, sent, *axes, async_op=True)
+
+    def settle(self) -> None:
+        """Wait for the launch before."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        if self._got is not None:
+            self.shard.add_(self._got)
+            self._got = self._sent = None
+
+    def finish(self) -> None:
+        """Wait, then sum over what is not a replica: axes that hold terms, and stages that hold copies."""
+        self.settle()
+        if self.bucket.partial:
+            self.comm.all_reduce(self.total, *self.bucket.partial)
+        if self.bucket.tied:
+            self.comm.all_reduce(self.total, "pp", places=self.bucket.tied)
+        if self.streams and not self.bucket.sharded:
+            assert self.whole is not None
+            self.comm.all_gather_into(self.whole, self.shard, *self.bucket.replicas)
+
+    def gathered(self) -> torch.Tensor:
+        """The summed gradients of the whole bucket, on every replica. A collective where it is sharded."""
+        if not self.bucket.sharded:
+            assert self.whole is not None
+            return self.whole
+        whole = self._new(self.bucket.size)
+        self.comm.all_gather_into(whole, self.shard, *self.bucket.replicas)
+        return whole
 
 
 class Gradients:
-    """All gradients of a model: zeroed, accumulated, reduced over dp and cp, measured, clipped.
+    """All gradients of this rank's stages: zeroed, accumulated, reduced, measured, clipped.
 
-    Buckets follow the reverse of definition order, which is nearly the order in which backward finishes them. They are
-    launched strictly in that order, so every rank issues the same collectives whatever its autograd graph does.
+    `chunks`: the stages, one unless the pipeline gives a rank several. `dtype`: of accumulation. `zero`: 0, 1 or 2;
+    with 1 the replicas share out the sums, with 2 also what accumulates. Reduction is over the axes of each parameter's
+    placement. Buckets are launched strictly in order, so every rank issues the same collectives whatever its autograd
+    graph does. On an ordered communicator every microbatch is added in global order onto the sum, so that no bit
+    depends on dp, on `bucket_bytes` or on `zero`.
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], comm: Communicator, dtype: torch.dtype, bucket_bytes: float
+        self, chunks: Sequence[nn.Module], comm: Communicator, dtype: torch.dtype, bucket_bytes: float, zero: int = 0
     ) -> None:
-        self.comm = comm
-        self.buckets: list[Bucket] = []
-        pending: list[nn.Parameter] = []
-        for parameter in reversed(parameters):
-            pending.append(parameter)
-            if sum(p.numel() for p in pending) * dtype.itemsize >= bucket_bytes:
-                self.buckets.append(Bucket(pending, dtype))
-                pending = []
-        if pending:
-            self.buckets.append(Bucket(pending, dtype))
-        self._slots = {p: (b, v) for b in self.buckets for p, v in zip(b.parameters, b.views, strict=True)}
-        self._last_microbatch = False
-        self._launched = 0
-        for parameter, (_, view) in self._slots.items():
-            if parameter.dtype == dtype:
-                parameter.grad = view
-            parameter.register_post_accumulate_grad_hook(self._accumulated)
+        assert zero in (0, 1, 2), f"zero {zero} is not ours"
+        self.chunks, self.comm, self.dtype = list(chunks), comm, dtype
+        self.streams = zero == 2 or comm.ordered
+        self.buckets = make_buckets(chunks, comm.mesh, bucket_bytes / dtype.itemsize, zero)
+        self._buffers = [_Buffer(bucket, dtype, comm, zero) for bucket in self.buckets]
+        self._slots = {s.parameter: (buffer, s) for buffer in self._buffers for s in buffer.bucket.slots}
+        self._queues: list[list[_Buffer]] = [[] for _ in chunks]
+        self._flying: list[_Buffer] = []
+        self._counts = self._launches = False
+        self._in_place: dict[nn.Parameter, torch.Tensor] = {}
+        for parameter, (buffer, slot) in self._slots.items():
+            if parameter.dtype == dtype and not buffer.streams:
+                parameter.grad = self._in_place[parameter] = buffer.view(slot)
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+        self.zero()
 
     def of(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The gradient of `parameter`: its view into a bucket."""
-        return self._slots[parameter][1]
+        """This rank's accumulated gradient of `parameter`: its view into a bucket. ValueError where it is only there in
+        passing (ZeRO 2)."""
+        buffer, slot = self._slots[parameter]
+        if buffer.whole is None:
+            raise ValueError(f"{slot.name}: its gradient is sharded; use full()")
+        return buffer.whole[slot.start : slot.stop].view_as(parameter)
+
+    def full(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The summed gradient of this rank's part of `parameter`; all replicas call it together."""
+        buffer, slot = self._slots[parameter]
+        return buffer.gathered()[slot.start : slot.stop].view_as(parameter)
+
+    def slots(self) -> list[Slot]:
+        """Every parameter of this rank, in definition order."""
+        return [self._slots[p][1] for p in dict.fromkeys(p for chunk in self.chunks for p in chunk.parameters())]
+
+    def pieces(self) -> list[Piece]:
+        """What this rank updates, in definition order."""
+        found = {}
+        for buffer in self._buffers:
+            bucket = buffer.bucket
+            for slot, low, high in bucket.updated():
+                origin = bucket.low if bucket.sharded else 0
+                gradient = buffer.result[low - origin : high - origin]
+                if not bucket.sharded:
+                    gradient = gradient.view_as(slot.parameter)
+                found[slot] = Piece(slot, bucket, low - slot.start, high - slot.start, gradient)
+        return [found[slot] for slot in self.slots() if slot in found]
 
     def zero(self) -> None:
-        for bucket in self.buckets:
-            bucket.flat.zero_()
-            bucket.missing = len(bucket.parameters)
-        self._launched = 0
+        for buffer in self._buffers:
+            buffer.zero()
+        self._flying = []
+        self._queues = [[] if self.streams else self._of_chunk(chunk) for chunk in range(len(self.chunks))]
+
+    def _of_chunk(self, chunk: int) -> list[_Buffer]:
+        """Buffers to launch with a chunk; one that several chunks fill waits for the end, unless it streams."""
+        return [b for b in self._buffers if chunk in b.bucket.chunks and (self.streams or len(b.bucket.chunks) == 1)]
 
     @contextmanager
-    def accumulating(self, last_microbatch: bool) -> Iterator[None]:
-        """Around forward and backward of a microbatch; during the last one finished buckets are reduced at once."""
-        self._last_microbatch = last_microbatch
-        yield
+    def accumulating(self, chunk: int = 0, last: bool = False, complete: bool = True) -> Iterator[None]:
+        """Around one backward of a chunk (or around the weight gradients that were left for later).
 
-    def _accumulated(self, parameter: nn.Parameter) -> None:
-        bucket, view = self._slots[parameter]
-        if parameter.grad is not view:
-            assert parameter.grad is not None
-            view.add_(parameter.grad)
+        `last`: no parameter of the chunk gets another gradient in this step, so finished buckets are reduced at once.
+        `complete` False: weight gradients of this backward follow in a later context, so ZeRO 2 waits for them.
+        """
+        complete = complete or self.comm.ordered
+        self._open(chunk)
+        self._counts, self._launches = last or self.streams, complete and (last or self.streams)
+        try:
+            yield
+        finally:
+            self._counts = self._launches = False
+        if self.streams and complete:
+            self.reduce(chunk)
+
+    def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """A gradient that was computed outside of autograd; counts like one that backward brings."""
+        buffer, slot = self._slots[parameter]
+        self._open(buffer.bucket.chunks[0])
+        buffer.view(slot).add_(gradient)
+        self._count(buffer, parameter)
+
+    def _arrived(self, parameter: nn.Parameter) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient is self._in_place.get(parameter):
+            self._count(self._slots[parameter][0], parameter)
+        else:
             parameter.grad = None
-        if self._last_microbatch:
-            bucket.missing -= 1
-            while self._launched < len(self.buckets) and self.buckets[self._launched].missing == 0:
-                self._launch()
+            self.add(parameter, gradient)
 
-    def _launch(self) -> None:
-        bucket = self.buckets[self._launched]
-        bucket.work = self.comm.all_reduce(bucket.flat, *REPLICATED_OVER, async_op=True)
-        self._launched += 1
+    def _open(self, chunk: int) -> None:
+        if self.streams and not self._queues[chunk]:
+            self._queues[chunk] = self._of_chunk(chunk)
+
+    def _count(self, buffer: _Buffer, parameter: nn.Parameter) -> None:
+        if not self._counts:
+            return
+        buffer.missing.discard(parameter)
+        if self._launches:
+            for chunk in buffer.bucket.chunks:
+                while self._queues[chunk] and not self._queues[chunk][0].missing:
+                    self._launch(self._queues[chunk].pop(0))
+
+    def _launch(self, buffer: _Buffer) -> None:
+        if self.streams:
+            while len(self._flying) >= IN_FLIGHT:
+                self._flying.pop(0).settle()
+            self._flying.append(buffer)
+        buffer.launch()
+
+    def reduce(self, chunk: int) -> None:
+        """Launch what is left of a chunk, in order (a parameter may have had no gradient)."""
+        while self._queues[chunk]:
+            self._launch(self._queues[chunk].pop(0))
 
     def finish(self) -> None:
-        """Reduce what is left (a parameter may have had no gradient) and wait for every bucket."""
-        while self._launched < len(self.buckets):
-            self._launch()
-        for bucket in self.buckets:
-            if bucket.work is not None:
-                bucket.work.wait()
-                bucket.work = None
+        """Every gradient is the sum over all ranks when this returns."""
+        for chunk in range(len(self.chunks)):
+            self.reduce(chunk)
+        for buffer in self._buffers:
+            if not self.streams and len(buffer.bucket.chunks) > 1:
+                self._launch(buffer)
+        for buffer in self._buffers:
+            buffer.finish()
+        self._flying = []
 
     def global_norm(self) -> torch.Tensor:
-        """L2 norm over every logical gradient element, each once; float64 sum of per-parameter norms."""
-        views = [view for bucket in reversed(self.buckets) for view in reversed(bucket.views)]
-        norms = torch.stack(torch._foreach_norm(views))
-        return torch.linalg.vector_norm(norms.double())
+        """L2 norm over every logical gradient element of the whole world, each once; a float64 scalar.
+
+        Norms of whole parameters where one replica has them (then buckets change no bit), else of their pieces.
+        """
+        norms: dict[Slot, torch.Tensor] = {}
+        for buffer in self._buffers:
+            slots, values = self._measured(buffer)
+            norms.update(zip(slots, torch._foreach_norm(values) if values else (), strict=True))
+        squares = torch.zeros((), dtype=torch.float64, device=self._buffers[0].shard.device)
+        if norms:
+            in_order = [norms[slot] for slot in self.slots() if slot in norms]
+            squares += torch.stack(in_order).double().square().sum()
+        self.comm.all_reduce(squares, *AXES)
+        return squares.sqrt()
+
+    def _measured(self, buffer: _Buffer) -> tuple[list[Slot], list[torch.Tensor]]:
+        """What this rank adds to the norm. In order: whole parameters, in memory of their own, whatever is sharded."""
+        bucket, ordered = buffer.bucket, self.comm.ordered
+        if bucket.sharded and not ordered:
+            cut = [(slot, low, high) for slot, low, high in bucket.owned() if slot.placed.counted]
+            pieces = [buffer.shard[low - bucket.low : high - bucket.low] for _, low, high in cut]
+            return [slot for slot, _, _ in cut], pieces
+        whole = buffer.gathered()
+        counted = [slot for slot in bucket.slots if slot.placed.counted and bucket.place == 0]
+        parts = [whole[slot.start : slot.stop] for slot in counted]
+        return counted, [part.double() for part in parts] if ordered else parts
 
     def scale(self, factor: float) -> None:
-        for bucket in self.buckets:
-            bucket.flat.mul_(factor)
+        for buffer in self._buffers:
+            buffer.result.mul_(factor)

@@ -12,7 +12,7 @@ from megalite.config.load import as_values
 from megalite.config.schema import Config
 from megalite.config.tree import leaves, value_at
 from megalite.errors import UserError
-from megalite.mesh import AXES
+from megalite.parallel.boxes import Held
 
 if TYPE_CHECKING:
     from megalite.train.trainer import Trainer
@@ -38,10 +38,10 @@ class Resumed:
         return {name: value for name, value in dataclasses.asdict(self).items() if value}
 
 
-def training_state(trainer: "Trainer") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def training_state(trainer: "Trainer") -> tuple[dict[str, Held], dict[str, Any]]:
     """Tensors (weights, moments, every rank's random state) and counters of this instant."""
     tensors = trainer.optimizer.state_tensors()
-    tensors[f"rng.{trainer.mesh.rank}"] = torch.get_rng_state()
+    tensors[f"rng.{trainer.mesh.rank}"] = Held.whole(torch.get_rng_state())
     samples = trainer.step * trainer.config.train.global_batch
     counters = {
         "step": trainer.step,
@@ -51,8 +51,8 @@ def training_state(trainer: "Trainer") -> tuple[dict[str, torch.Tensor], dict[st
         "seed": trainer.config.train.seed,
         "skipped_in_a_row": trainer.skipped_in_a_row,
         "layout": trainer.mesh.sizes,
-        "vocab": trainer.model.vocab,
-        "max_positions": trainer.model.max_positions,
+        "vocab": trainer.vocab,
+        "max_positions": trainer.stages[0].max_positions,
         "config": as_values(trainer.config),
     }
     return tensors, counters
@@ -81,10 +81,10 @@ def resume(trainer: "Trainer") -> Resumed | None:
     tensors = trainer.optimizer.state_tensors()
     random_state = f"rng.{trainer.mesh.rank}"
     if random_state in read_metadata(path).state_dict_metadata:
-        tensors[random_state] = torch.get_rng_state()
-    load_tensors(path, tensors, trainer.mesh.group(*AXES))
+        tensors[random_state] = Held.whole(torch.get_rng_state())
+    load_tensors(path, tensors, trainer.comm)
     if random_state in tensors:
-        torch.set_rng_state(tensors.pop(random_state))
+        torch.set_rng_state(tensors.pop(random_state).parts[0][1])
     trainer.optimizer.load_state_tensors(tensors)
     trainer.step, trainer.skipped_in_a_row = counters["step"], counters["skipped_in_a_row"]
     set_aside = trainer.store.set_aside_after(trainer.step) if chosen["at_branch"] else []

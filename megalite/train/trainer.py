@@ -30,6 +30,7 @@ from megalite.train.memory import measured_memory
 from megalite.train.observers import make_observers
 from megalite.train.resume import resume, training_state
 from megalite.train.run_folder import RunFolder, check_free_space, run_path
+from megalite.train.whole_model import gathered_model
 from megalite.world import join, world_from_environment
 
 
@@ -72,7 +73,7 @@ class Trainer:
         self.pipeline = Pipeline(self.stages, schedule, self.comm, self.gradients, config.train.z_loss)
         self.optimizer = Optimizer(self.stages, self.gradients, config.optim, config.train.steps)
         self.store = CheckpointStore(self.run_dir / "checkpoints", self.comm, config.checkpoint.keep)
-        state_bytes = sum(t.numel() * t.element_size() for t in self.optimizer.state_tensors().values())
+        state_bytes = self.optimizer.state_bytes()
         if config.checkpoint.final or config.checkpoint.every:
             self.comm.on_rank_zero(lambda: check_free_space(self.run_dir, state_bytes))
         self.facts = build.run_facts(config, self.world, self.mesh, self.data, self.vocab, self.precision)
@@ -99,6 +100,8 @@ class Trainer:
                 if self._checkpoint_due():
                     self.save()
                 yield metrics
+            if self.step >= self.config.train.steps and self.config.log.sample is not None:
+                self.model = self.whole_model()
 
     def train_step(self, asked_to_stop: bool = False) -> StepMetrics:
         """One optimizer step over the global batch: accumulate, reduce, clip, update.
@@ -128,6 +131,11 @@ class Trainer:
         self.step, self.stopping = step, stop
         self._note_skip(finite, loss, grad_norm)
         return self._measured(loss, z_loss, grad_norm, not finite, time.perf_counter() - started, data_s)
+
+    def whole_model(self) -> Transformer | None:
+        """The model as one process holds it, on rank 0; None elsewhere. A collective."""
+        weights = self.optimizer.state_tensors()
+        return gathered_model(self.config, self.comm, self.vocab, weights, self.precision.compute, self.device)
 
     def event(self, kind: str, **facts: Any) -> None:
         """Tell the callbacks about something rare; kept in events.jsonl."""

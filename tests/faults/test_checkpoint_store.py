@@ -18,6 +18,7 @@ from megalite.checkpoint.store import CheckpointStore, complete_steps, verify
 from megalite.comm import Communicator
 from megalite.errors import RunError, UserError
 from megalite.mesh import Mesh
+from megalite.parallel.boxes import Held
 
 ALONE = Communicator(Mesh({"pp": 1, "dp": 1, "cp": 1, "tp": 1}))
 CRASHED = 77
@@ -31,14 +32,18 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     }
 
 
+def held(values: dict[str, torch.Tensor]) -> dict[str, Held]:
+    return {name: Held.whole(value) for name, value in values.items()}
+
+
 def save(folder: Path, step: int, keep: int = 2) -> Path:
-    return CheckpointStore(folder, ALONE, keep).save(step, tensors(step), {"step": step})
+    return CheckpointStore(folder, ALONE, keep).save(step, held(tensors(step)), {"step": step})
 
 
 def assert_intact(checkpoint: Path) -> None:
     step = verify(checkpoint)["step"]
     loaded = {name: torch.zeros_like(value) for name, value in tensors(step).items()}
-    load_tensors(checkpoint, loaded, None)
+    load_tensors(checkpoint, held(loaded))
     assert all(torch.equal(loaded[name], value) for name, value in tensors(step).items())
 
 
@@ -140,7 +145,7 @@ def test_another_models_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
         ({**tensors(1), "model.a": torch.zeros(33, 7, dtype=torch.float64)}, "expected .* torch.float64"),
     ):
         with pytest.raises(UserError, match=words):
-            load_tensors(checkpoint, wanted, None)
+            load_tensors(checkpoint, held(wanted))
 
 
 def test_metadata_is_data(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from megalite import Trainer, load_config
 from megalite.checkpoint.dcp import load_tensors, read_metadata
 from megalite.checkpoint.store import complete_steps
+from megalite.parallel.boxes import Held
 from megalite.world import leave
 from tests.tiny_job import tiny_job
 
@@ -84,7 +85,7 @@ def outcome(run_dir: Path) -> tuple[list[dict[str, object]], dict[str, torch.Ten
     last = complete_steps(run_dir / "checkpoints")[-1]
     entries = read_metadata(last).state_dict_metadata
     tensors = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    load_tensors(last, tensors, None)
+    load_tensors(last, {name: Held.whole(tensor) for name, tensor in tensors.items()})
     return rows, tensors
 
 

@@ -30,7 +30,7 @@ def samples() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, targets
 
 
-def train(optim: OptimConfig, steps: int, bucket_bytes: float) -> dict[str, object]:
+def train(optim: OptimConfig, steps: int, bucket_bytes: float, zero: int = 0) -> dict[str, object]:
     """Steps over the same global batch, microbatches of one sample; what a rank ends up with."""
     world = world_from_environment()
     join(world)
@@ -39,8 +39,8 @@ def train(optim: OptimConfig, steps: int, bucket_bytes: float) -> dict[str, obje
     with torch.device("meta"):
         model = Transformer(MODEL, VOCAB, SEQUENCE)
     materialize(model, torch.device("cpu"), seed=3, dtype=torch.float64)
-    gradients = Gradients(list(model.parameters()), comm, torch.float64, bucket_bytes)
-    optimizer = Optimizer(model, gradients, optim, steps)
+    gradients = Gradients([model], comm, torch.float64, bucket_bytes, zero)
+    optimizer = Optimizer([model], gradients, optim, steps)
     tokens, targets = samples()
     valid = float((targets >= 0).sum())
     mine = list(range(world.rank, SAMPLES, world.size))
@@ -49,20 +49,21 @@ def train(optim: OptimConfig, steps: int, bucket_bytes: float) -> dict[str, obje
         gradients.zero()
         total = torch.zeros(1, dtype=torch.float64)
         for row in mine:
-            with gradients.accumulating(last_microbatch=row == mine[-1]):
-                loss = model.loss(tokens[row : row + 1], targets[row : row + 1]).nll_sum / valid
+            loss = model.loss(tokens[row : row + 1], targets[row : row + 1]).nll_sum / valid
+            with gradients.accumulating(0, last=row == mine[-1]):
                 loss.backward()
             total += loss.detach()
         gradients.finish()
         comm.all_reduce(total, "dp")
         norm = gradients.global_norm().item()
         if step == 1:
-            first = {name: gradients.of(p).clone() for name, p in model.named_parameters()}
+            first = {name: gradients.full(p).clone() for name, p in model.named_parameters()}
         if optim.clip and norm > optim.clip:
             gradients.scale(optim.clip / norm)
         optimizer.step(step)
         losses.append(total.item())
         norms.append(norm)
+    optimizer.wait()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return {"losses": losses, "norms": norms, "gradients": first, "weights": weights, "calls": len(calls)}
 
@@ -75,10 +76,11 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("zero", [0, 1, 2])
 @pytest.mark.parametrize("world", [2, 4])
-def test_same_as_one_process(world: int, name: str) -> None:
+def test_same_as_one_process(world: int, zero: int, name: str) -> None:
     alone = run_ranks(1, train, OPTIMIZERS[name], 5, 2000.0)[0]
-    for rank in run_ranks(world, train, OPTIMIZERS[name], 5, 2000.0):
+    for rank in run_ranks(world, train, OPTIMIZERS[name], 5, 2000.0, zero):
         torch.testing.assert_close(rank["losses"], alone["losses"], rtol=1e-11, atol=0)
         torch.testing.assert_close(rank["norms"], alone["norms"], rtol=1e-11, atol=0)
         for kind, bound in (("gradients", 1e-9), ("weights", 1e-8)):
