@@ -63,15 +63,15 @@ class _Gathered(torch.autograd.Function):
         whole, *weights = ctx.saved_tensors
         comm, ranks, place = ctx.comm, ctx.comm.mesh.size("tp"), ctx.comm.mesh.index("tp")
         rows = whole.shape[0] // ranks
-        grad_x: Tensor | None = None
+        grad_x = whole.new_empty(0)
         for step in range(ranks):  # the sum for the rank before the last that gets it, first; our own, last
             target = (place - step - 1) % ranks
             part = slice(target * rows, (target + 1) * rows)
-            coming, handle = ([None], None) if grad_x is None else comm.rotate([grad_x], "tp")
-            term = sum(linear(grad[part], weight.mT) for grad, weight in zip(grads, weights, strict=True))
+            coming, handle = comm.rotate([grad_x], "tp") if step > 0 else ([], None)
+            terms = [linear(grad[part], weight.mT) for grad, weight in zip(grads, weights, strict=True)]
             if handle is not None:
                 handle.wait()
-            grad_x = term if coming[0] is None else coming[0] + term
+            grad_x = sum([*coming, *terms[1:]], start=terms[0])
         grad_weights: list[Tensor | None] = []
         for parameter, grad in zip(ctx.parameters, grads, strict=True):
             if ctx.deferred is None or ctx.deferred.waiting is None:

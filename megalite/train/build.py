@@ -17,12 +17,16 @@ from megalite.model.parallelize import parallelize
 from megalite.model.size import flops_per_token, parameter_counts
 from megalite.model.transformer import Transformer
 from megalite.parallel.data import Gradients
-from megalite.parallel.parameter import materialize, part
+from megalite.parallel.fully_sharded import ShardedGradients, shard_fully
+from megalite.parallel.parameter import materialize
 from megalite.pipeline import schedule
 from megalite.pipeline.schedule import lower
+from megalite.pipeline.schedule.check import communicates
+from megalite.pipeline.split import split_layers
 from megalite.precision import Precision
 from megalite.train.memory import predicted_memory
 from megalite.train.peak import measured_matmul_peak
+from megalite.train.stage_costs import measured_costs
 from megalite.world import World, usable_cores
 
 
@@ -47,7 +51,7 @@ def make_mesh(config: Config, world: World) -> Mesh:
     validate(config, world.size)
     parallel, job = config.parallel, Job(config, world.size)
     sizes = {"pp": parallel.pp, "dp": job.dp, "cp": parallel.cp, "tp": parallel.tp}
-    return Mesh(sizes, world.rank, ulysses=job.ulysses, order=job.order)
+    return Mesh(sizes, world.rank, ulysses=job.ulysses, order=job.order, shard_ranks=parallel.shard_ranks)
 
 
 def make_data(config: Config, comm: Communicator) -> DataBundle:
@@ -71,8 +75,10 @@ def make_schedule(config: Config, mesh: Mesh) -> schedule.Schedule:
     """The pipeline schedule, lowered to what the engine executes; one rank takes every microbatch there and back."""
     parallel, train = config.parallel, config.train
     microbatches = train.global_batch // (train.micro_batch * mesh.size("dp"))
-    group = parallel.group_size or None
-    return lower(schedule.make_schedule(parallel.schedule, parallel.pp, parallel.chunks, microbatches, group=group))
+    group, limit = parallel.group_size or None, parallel.in_flight or None
+    shape = (parallel.pp, parallel.chunks, microbatches)
+    made = schedule.make_schedule(parallel.schedule, *shape, group=group, limit=limit)
+    return made if communicates(made) else lower(made)  # a file may say itself when to send
 
 
 def make_stages(
@@ -81,17 +87,40 @@ def make_stages(
     """Built without storage, spread, then filled: initial weights depend on the seed and parameters' names alone."""
     with torch.device("meta"):
         model = Transformer(config.model, vocab, config.model.max_positions or config.data.sequence_length)
-    layers = [range(*part(config.model.layers, len(placement), stage)) for stage in range(len(placement))]
+    layers = layers_of_stages(config, comm, vocab, len(placement), precision, device)
     stages = parallelize(model, comm, config, layers, placement)
-    materialize(stages, device, config.train.seed, precision.compute)
+    if shards_weights(config, comm.mesh):
+        blocks = [block for stage in stages for block in stage.blocks.values()]
+        shard_fully(stages, blocks, comm, device, config.train.seed, precision)
+    else:
+        materialize(stages, device, config.train.seed, precision.compute)
     return stages
+
+
+def shards_weights(config: Config, mesh: Mesh) -> bool:
+    """Whether the replicas share out the weights; one alone, or each with a copy of its own, has nothing to share."""
+    return config.parallel.zero == 3 and mesh.size("shard") > 1
+
+
+def layers_of_stages(
+    config: Config, comm: Communicator, vocab: int, stages: int, precision: Precision, device: torch.device
+) -> list[range]:
+    """Which layers each stage has: as listed, by cost measured once for all ranks, or as even as can be."""
+    if config.parallel.layers != "auto":
+        counts = Job(config, comm.mesh.world_size).stage_layers
+        return split_layers(config.model.layers, stages, counts=counts)
+    embedding, layer, head = comm.on_rank_zero(lambda: list(measured_costs(config, vocab, precision, device)))
+    costs = [layer] * config.model.layers
+    return split_layers(config.model.layers, stages, costs=costs, embedding=embedding, head=head)
 
 
 def make_gradients(
     config: Config, comm: Communicator, stages: Sequence[Transformer], precision: Precision
 ) -> Gradients:
-    parallel = config.parallel
-    return Gradients(stages, comm, precision.main, parallel.bucket_mb * 2**20, parallel.zero)
+    zero, bucket_bytes = config.parallel.zero, config.parallel.bucket_mb * 2**20
+    if shards_weights(config, comm.mesh):
+        return ShardedGradients(stages, comm, precision.main, bucket_bytes)
+    return Gradients(stages, comm, precision.main, bucket_bytes, 0 if zero == 3 else zero)
 
 
 def run_facts(

@@ -45,7 +45,8 @@ class Trainer:
         self.world = world_from_environment()
         self.mesh = build.make_mesh(config, self.world)
         join(self.world)
-        self.comm = Communicator(self.mesh)
+        ordered, check = config.train.deterministic == "layout", config.parallel.check
+        self.comm = Communicator(self.mesh, ordered=ordered, check=check)
         self.run_dir: Path = run_path(config)
         folders: list[RunFolder] = []
         self.comm.on_rank_zero(lambda: folders.append(RunFolder(config, self.world.attempt)))
