@@ -99,7 +99,8 @@ def _asked(options: ScheduleOptions) -> tuple[Schedule, Durations]:
 def _lines(schedule: Schedule, lowered: Schedule, cost: Cost, options: ScheduleOptions) -> list[str]:
     """What is printed: sizes, bubble, a table of the ranks, what was checked."""
     sends = sum(op.kind in SENDS for row in lowered.rows for op in row)
-    size = f"{schedule.pp} ranks, {schedule.chunks} stages a rank, {schedule.microbatches} microbatches"
+    stages = "1 stage" if schedule.chunks == 1 else f"{schedule.chunks} stages"
+    size = f"{schedule.pp} ranks, {stages} a rank, {schedule.microbatches} microbatches"
     span = f"longest from a rank's first op to its last {max(cost.spans):g}"
     to_work = f"{cost.bubble_to_ideal:.2%} of the work (Narayanan et al. 2021)"
     to_makespan = f"{cost.bubble_to_makespan:.2%} of the makespan (Qi et al. 2024)"
@@ -112,8 +113,8 @@ def _lines(schedule: Schedule, lowered: Schedule, cost: Cost, options: ScheduleO
         "rank  stages        until I  until W",
     ]
     for rank in range(schedule.pp):
-        stages = ",".join(map(str, schedule.stages_of(rank)))
-        lines.append(f"{rank:<5} {stages:<12} {cost.in_flight[rank]:>8g} {cost.until_weights[rank]:>8g}")
+        own = ",".join(map(str, schedule.stages_of(rank)))
+        lines.append(f"{rank:<5} {own:<12} {cost.in_flight[rank]:>8g} {cost.until_weights[rank]:>8g}")
     if schedule.name in NAMES:
         bound = memory_bound(
             schedule.name, schedule.pp, schedule.chunks, schedule.microbatches, group=options.group, limit=options.limit

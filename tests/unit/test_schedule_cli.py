@@ -29,7 +29,8 @@ def test_prints_both_bubbles_and_the_memory_of_each_rank(capsys: pytest.CaptureF
 @pytest.mark.parametrize("name", NAMES)
 def test_every_schedule_by_name_with_times_and_transfer(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schedule", name, "pp=3", "microbatches=7", "F=0.9", "I=1.3", "W=0.4", "transfer=0.05"]) == 0
-    assert f"{name}: 3 ranks, {default_chunks(name)} stages a rank, 7 microbatches" in capsys.readouterr().out
+    stages = "2 stages" if default_chunks(name) == 2 else "1 stage"
+    assert f"{name}: 3 ranks, {stages} a rank, 7 microbatches" in capsys.readouterr().out
 
 
 def boxes(path: Path) -> list[str]:
@@ -127,3 +128,27 @@ def test_a_file_and_sizes_that_it_does_not_have(tmp_path: Path, capsys: pytest.C
 def test_answers_without_torch() -> None:
     code = "import sys; from megalite.cli import main; main(['schedule', 'zbv']); assert not {'torch'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_the_documentation_shows_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[2] / "docs/schedules.md").read_text()
+    monkeypatch.chdir(tmp_path)
+
+    def printed(*words: str) -> str:
+        assert main(["schedule", *words]) == 0
+        return capsys.readouterr().out
+
+    command = next(line for line in text.splitlines() if line.startswith("`megalite schedule zbv")).split("`")[1]
+    shown, example = text.split("```")[1].strip(), text.split("```")[3].strip()
+    assert shown == printed(*command.split()[2:]).strip()
+    rows = {line.split("`")[1]: line.rsplit("|", 2)[1].strip() for line in text.splitlines() if line.startswith("| `")}
+    assert rows.keys() - {"parallel.schedule"} == set(NAMES)
+    for name in NAMES:
+        answer = printed(name, "pp=4", "microbatches=8")
+        bubble = next(line.split()[1] for line in answer.splitlines() if line.startswith("bubble"))
+        peak = max(float(line.split()[-1]) for line in answer.splitlines() if line[:1].isdigit() and line[1] == " ")
+        assert rows[name] == f"{bubble}, {peak:g}"
+    Path("mine.csv").write_text(example)
+    assert "mine.csv: 2 ranks, 1 stage a rank, 3 microbatches" in printed("mine.csv")

@@ -222,9 +222,9 @@ def test_bubbles_equal_their_closed_forms(pp: int, chunks: int, rounds: int, f: 
     """Of Narayanan et al. 2021 and Qi et al. 2024, where the microbatches fill the pipeline."""
     microbatches, work = 2 * pp * rounds, f + i + w
 
-    def idle(name: str, chunks: int) -> float:
+    def idle(name: str, chunks: int, span: bool = False) -> float:
         cost = measure(make_schedule(name, pp, chunks, microbatches), Durations.even(pp, chunks, f, i, w))
-        return cost.makespan - cost.ideal
+        return (max(cost.spans) if span else cost.makespan) - cost.ideal
 
     assert math.isclose(idle("gpipe", 1), (pp - 1) * work, abs_tol=1e-9)
     assert math.isclose(idle("1f1b", 1), (pp - 1) * work, abs_tol=1e-9)
@@ -232,12 +232,16 @@ def test_bubbles_equal_their_closed_forms(pp: int, chunks: int, rounds: int, f: 
     assert math.isclose(idle("looped_bfs", chunks), (pp - 1) * work / chunks, abs_tol=1e-9)
     if w <= f and w <= i:
         assert math.isclose(idle("zb_h1", 1), (pp - 1) * (f + i - w), abs_tol=1e-9)
+        assert math.isclose(idle("zb_h1", chunks), (pp - 1) * (f + i - w) / chunks, abs_tol=1e-9)
+        assert math.isclose(idle("zb_h2", 1, span=True), (pp - 1) * (f + i - 2 * w), abs_tol=1e-9)
 
 
 def test_v_schedules_at_equal_times() -> None:
     for pp in range(2, 9):
         microbatches = 3 * pp
-        zbv, half = (make_schedule(name, pp, 2, microbatches) for name in ("zbv", "v_half"))
+        zbv, half, dual = (make_schedule(name, pp, 2, microbatches) for name in ("zbv", "v_half", "dualpipev"))
+        cost = measure(dual)
+        assert cost.makespan - cost.ideal == pp - 1  # (p - 1)(F + 2I - W) / 2
         cost = measure(zbv)
         assert max(cost.spans) == cost.ideal
         assert set(cost.until_weights) == {pp}

@@ -129,8 +129,8 @@ def schedule_problems(name: str, pp: int, chunks: int, microbatches: int) -> lis
     fewest, most = RECIPES[name].chunks
     if not fewest <= chunks <= most:
         others = [other for other, recipe in RECIPES.items() if recipe.chunks[0] <= chunks <= recipe.chunks[1]]
-        legal = f"{fewest}" if fewest == most else f"{fewest} or more"
-        line = f"parallel.chunks={chunks}: {name} has {legal} stages a rank; set {fewest}"
+        legal = f"{fewest} or more stages" if fewest < most else "1 stage" if most == 1 else f"{most} stages"
+        line = f"parallel.chunks={chunks}: {name} has {legal} a rank; set {fewest}"
         problems.append(line + (f", or parallel.schedule={' or '.join(others)}" if others else ""))
     if pp < 1:
         problems.append(f"parallel.pp={pp}: counts ranks; at least 1")
