@@ -189,7 +189,7 @@ def test_fully_masked_rows_under_cp_give_no_nan(world: int) -> None:
     assert not whole[0][0, : LENGTH // 2].any() and not any(x[1].any() for x in whole)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_spans(data: st.DataObject) -> None:
     """Any intervals with rising ends, empty ones too, and keys after the query: the ring's merge alone."""
@@ -203,7 +203,7 @@ def test_any_spans(data: st.DataObject) -> None:
     assert_same(joined(by_rank), with_gradients(lambda *qkv: masked_attention(*qkv, low, high), tensors))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_documents_and_window(data: st.DataObject) -> None:
     ring, ulysses = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
