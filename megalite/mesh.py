@@ -2,7 +2,8 @@
 
 Axes: pp (pipeline), dp (data), cp (context), tp (tensor); by default in this order, so that tp ranks are neighbours.
 cp is ring x ulysses, two axes of their own for the two ways of spreading attention. Experts see the ranks of a pipeline
-stage folded anew as edp x ep x etp (arXiv:2504.14960), so that their layout need not follow that of attention.
+stage folded anew as edp x ep x etp (arXiv:2504.14960), so that their layout need not follow that of attention. The
+replicas, dp x cp, are folded anew as copy x shard: the ranks along shard share out one copy of the weights (ZeRO 3).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 AXES = ("pp", "dp", "cp", "tp")
 EXPERT_AXES = ("edp", "ep", "etp")
+REPLICA_AXES = ("copy", "shard")
 USUAL_GROUPS = (("pp",), ("dp",), ("cp",), ("tp",), ("ring",), ("ulysses",), ("dp", "cp"))
 """What the engine communicates over, besides the whole world; with experts, over their axes too."""
 
@@ -23,7 +25,8 @@ class Mesh:
     """`sizes`: ranks along each axis of AXES; their product is the world size. `rank`: this process.
 
     `ulysses`: the part of cp that spreads heads (the rest is the ring). `ep`, `etp`: of the ranks of a stage, so many
-    hold different experts, and different parts of one. `order`: axes of AXES, outermost first.
+    hold different experts, and different parts of one. `order`: axes of AXES, outermost first. `shard_ranks`: of the
+    replicas, so many share one copy of the weights under ZeRO 3; 0: all.
     """
 
     sizes: dict[str, int]
@@ -32,6 +35,7 @@ class Mesh:
     ep: int = 1
     etp: int = 1
     order: tuple[str, ...] = AXES
+    shard_ranks: int = 0
     _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -40,6 +44,7 @@ class Mesh:
         assert 0 <= self.rank < self.world_size, f"rank {self.rank} outside a world of {self.world_size}"
         assert self.sizes["cp"] % self.ulysses == 0, f"ulysses {self.ulysses} does not divide cp {self.sizes['cp']}"
         assert self._stage_ranks % (self.ep * self.etp) == 0, f"ep x etp does not divide {self._stage_ranks} ranks"
+        assert self._replicas % self._extent("shard") == 0, f"shard_ranks do not divide {self._replicas} replicas"
 
     @property
     def world_size(self) -> int:
@@ -49,8 +54,15 @@ class Mesh:
     def _stage_ranks(self) -> int:
         return self.world_size // self.sizes["pp"]
 
+    @property
+    def _replicas(self) -> int:
+        return self.sizes["dp"] * self.sizes["cp"]
+
     def _extent(self, axis: str) -> int:
         """Ranks along one axis that is not put together from others."""
+        if axis in REPLICA_AXES:
+            shard = self.shard_ranks or self._replicas
+            return shard if axis == "shard" else self._replicas // shard
         if axis in EXPERT_AXES:
             return {"ep": self.ep, "etp": self.etp, "edp": self._stage_ranks // (self.ep * self.etp)}[axis]
         parts = {"ring": self.sizes["cp"] // self.ulysses, "ulysses": self.ulysses}
@@ -70,16 +82,23 @@ class Mesh:
             inside = inside * self._extent(axis) + position[axis]
         for axis in reversed(EXPERT_AXES):
             inside, position[axis] = divmod(inside, self._extent(axis))
+        replica = position["dp"] * self.sizes["cp"] + position["cp"]
+        position["copy"], position["shard"] = divmod(replica, self._extent("shard"))
         return position
 
     def rank_at(self, position: dict[str, int]) -> int:
-        """The rank at a position on pp, dp, ring, ulysses and tp, or on pp and the expert axes."""
+        """The rank at a position on pp, dp, ring, ulysses and tp; or on pp and the expert axes; or on pp, copy, shard
+        and tp."""
         if "edp" in position:
             inside, position = 0, dict(position)
             for axis in EXPERT_AXES:
                 inside = inside * self._extent(axis) + position[axis]
             for axis in reversed(self._inside_a_stage()):
                 inside, position[axis] = divmod(inside, self._extent(axis))
+        if "shard" in position:
+            replica, position = position["copy"] * self._extent("shard") + position["shard"], dict(position)
+            for axis in ("ulysses", "ring", "dp"):
+                replica, position[axis] = divmod(replica, self._extent(axis))
         rank = 0
         for axis in _parts(self.order):
             rank = rank * self._extent(axis) + position[axis]
@@ -139,6 +158,9 @@ class Mesh:
         if any(axis in EXPERT_AXES for axis in axes):
             assert all(axis in ("pp", *EXPERT_AXES) for axis in axes), f"{axes} mixes two foldings of the ranks"
             return ["pp", *EXPERT_AXES]
+        if any(axis in REPLICA_AXES for axis in axes):
+            assert all(axis in ("pp", *REPLICA_AXES, "tp") for axis in axes), f"{axes} mixes two foldings of the ranks"
+            return ["pp", *REPLICA_AXES, "tp"]
         return _parts(self.order)
 
     def _members(self, axes: Sequence[str], here: dict[str, int]) -> list[int]:

@@ -126,11 +126,11 @@ class _Buffer:
 class Gradients:
     """All gradients of this rank's stages: zeroed, accumulated, reduced, measured, clipped.
 
-    `chunks`: the stages, one unless the pipeline gives a rank several. `dtype`: of accumulation. `zero`: 0, 1 or 2;
-    with 1 the replicas share out the sums, with 2 also what accumulates. Reduction is over the axes of each parameter's
-    placement. Buckets are launched strictly in order, so every rank issues the same collectives whatever its autograd
-    graph does. On an ordered communicator every microbatch is added in global order onto the sum, so that no bit
-    depends on dp, on `bucket_bytes` or on `zero`.
+    `chunks`: the stages, one unless the pipeline gives a rank several. `dtype`: of accumulation; `compute`: of the
+    model's weights. `zero`: 0, 1 or 2; with 1 the replicas share out the sums, with 2 also what accumulates. Reduction
+    is over the axes of each parameter's placement. Buckets are launched strictly in order, so every rank issues the
+    same collectives whatever its autograd graph does. On an ordered communicator every microbatch is added in global
+    order onto the sum, so that no bit depends on dp, on `bucket_bytes` or on `zero`.
     """
 
     def __init__(
@@ -138,6 +138,7 @@ class Gradients:
     ) -> None:
         assert zero in (0, 1, 2), f"zero {zero} is not ours"
         self.chunks, self.comm, self.dtype = list(chunks), comm, dtype
+        self.compute = next(iter(self.chunks[0].parameters())).dtype
         self.streams = zero == 2 or comm.ordered
         self.buckets = make_buckets(chunks, comm.mesh, bucket_bytes / dtype.itemsize, zero)
         self._buffers = [_Buffer(bucket, dtype, comm, zero) for bucket in self.buckets]

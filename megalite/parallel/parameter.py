@@ -64,11 +64,11 @@ def declare(
 ) -> nn.Parameter:
     """A parameter on torch's current default device and dtype (meta while a model is built), with its declaration."""
     declared = Declaration(tuple(shape), role, std, constant, dict(shard or {}), sees)
-    return _attach(torch.empty(*shape), declared, Placement((0,) * len(shape), tuple(shape)))
+    return attach(nn.Parameter(torch.empty(*shape)), declared, Placement((0,) * len(shape), tuple(shape)))
 
 
-def _attach(values: torch.Tensor, declared: Declaration, placed: Placement) -> nn.Parameter:
-    parameter = nn.Parameter(values)
+def attach(parameter: nn.Parameter, declared: Declaration, placed: Placement) -> nn.Parameter:
+    """The parameter, with what it declares and where it lies; for parameters made outside of `declare`."""
     parameter.declaration, parameter.placement = declared, placed  # type: ignore[attr-defined]
     return parameter
 
@@ -112,7 +112,7 @@ def shard_parameters(
             if parameter not in made:
                 declared = declaration(parameter)
                 placed = place(declared, mesh, sp, tied.get(parameter, ()))
-                made[parameter] = _attach(parameter.new_empty(placed.shape), declared, placed)
+                made[parameter] = attach(nn.Parameter(parameter.new_empty(placed.shape)), declared, placed)
             owner._parameters[name] = made[parameter]
 
 
@@ -156,7 +156,7 @@ def materialize(modules: nn.Module | Sequence[nn.Module], device: torch.device, 
             if parameter is not None and parameter.is_meta:
                 if parameter not in made:
                     empty = torch.empty_like(parameter, device=device, dtype=dtype)
-                    made[parameter] = _attach(empty, declaration(parameter), placement(parameter))
+                    made[parameter] = attach(nn.Parameter(empty), declaration(parameter), placement(parameter))
                 owner._parameters[name] = made[parameter]
     for name, parameter, declared in declared_parameters(modules):
         parameter.copy_(initial_values(declared, name, seed, placement(parameter)))

@@ -80,7 +80,7 @@ class Pipeline:
         rows, length = batch.tokens.shape
         tokens, hidden = rows * length // self.comm.mesh.size("cp"), stage.config.hidden
         shape = (tokens // stage.tp.size, hidden) if stage.tp.sp else (rows, tokens // rows, hidden)
-        return next(stage.parameters()).new_empty(shape)
+        return torch.empty(shape, dtype=self.gradients.compute, device=next(stage.parameters()).device)
 
 
 class _Step:

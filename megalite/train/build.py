@@ -119,7 +119,7 @@ def make_gradients(
 ) -> Gradients:
     zero, bucket_bytes = config.parallel.zero, config.parallel.bucket_mb * 2**20
     if shards_weights(config, comm.mesh):
-        return ShardedGradients(stages, comm, precision.main, bucket_bytes)
+        return ShardedGradients(stages, comm, precision, bucket_bytes)
     return Gradients(stages, comm, precision.main, bucket_bytes, 0 if zero == 3 else zero)
 
 

@@ -19,6 +19,7 @@ from megalite.config.validate import violations
 from megalite.data.batch import Batch
 from megalite.mesh import Mesh
 from megalite.optim.optimizer import Optimizer
+from megalite.parallel.fully_sharded import local
 from megalite.parallel.parameter import declared_parameters, placement
 from megalite.pipeline.runtime import Pipeline
 from megalite.precision import PRESETS
@@ -41,6 +42,7 @@ class Layout:
     chunks: int = 1
     schedule: str = "1f1b"
     zero: int = 0
+    shard_ranks: int = 0
     order: str = "pp,dp,cp,tp"
 
     @property
@@ -168,7 +170,7 @@ def train(layout: Layout, task: Task, prepare: Callable[..., None] | None = None
         "losses": losses,
         "norms": norms,
         "gradients": first,
-        "weights": parts(stages, lambda parameter: parameter.detach()),
+        "weights": parts(stages, local),
         "calls": calls,
         "log": pipeline.log,
         "row": pipeline.row,
