@@ -26,7 +26,7 @@ class DecoupledSGD(torch.optim.SGD):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         decays = [group["weight_decay"] for group in self.param_groups]
         for group, decay in zip(self.param_groups, decays, strict=True):
-            if decay:
+            if decay and group["params"]:
                 torch._foreach_mul_(group["params"], 1 - group["lr"] * decay)
             group["weight_decay"] = 0.0
         super().step(closure)
@@ -148,7 +148,7 @@ class Optimizer:
             tensors[f"model.{piece.slot.name}"] = _held(piece, main.detach())
             for key, value in states[id(main)].items():
                 tensors[f"optim.{piece.slot.name}.{key}"] = _held(piece, value)
-        return tensors
+        return {key: held for key, held in tensors.items() if held.parts}
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Held]) -> None:

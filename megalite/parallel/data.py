@@ -145,6 +145,7 @@ class Gradients:
         self._slots = {s.parameter: (buffer, s) for buffer in self._buffers for s in buffer.bucket.slots}
         self._queues: list[list[_Buffer]] = [[] for _ in chunks]
         self._flying: list[_Buffer] = []
+        self._chunk: int | None = None  # whose backward runs
         self._counts = self._launches = False
         self._in_place: dict[nn.Parameter, torch.Tensor] = {}
         for parameter, (buffer, slot) in self._slots.items():
@@ -183,6 +184,12 @@ class Gradients:
                 found[slot] = Piece(slot, bucket, low - slot.start, high - slot.start, gradient)
         return [found[slot] for slot in self.slots() if slot in found]
 
+    def kept_bytes(self) -> int:
+        """Memory that gradients take all the time; ZeRO 2 has more of it in passing."""
+        tensors = [t for b in self._buffers for t in (b.whole, b.shard) if t is not None]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
     def zero(self) -> None:
         for buffer in self._buffers:
             buffer.zero()
@@ -201,19 +208,20 @@ class Gradients:
         `complete` False: weight gradients of this backward follow in a later context, so ZeRO 2 waits for them.
         """
         complete = complete or self.comm.ordered
+        self._chunk = chunk
         self._open(chunk)
         self._counts, self._launches = last or self.streams, complete and (last or self.streams)
         try:
             yield
         finally:
-            self._counts = self._launches = False
+            self._chunk, self._counts, self._launches = None, False, False
         if self.streams and complete:
             self.reduce(chunk)
 
     def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """A gradient that was computed outside of autograd; counts like one that backward brings."""
         buffer, slot = self._slots[parameter]
-        self._open(buffer.bucket.chunks[0])
+        self._open(buffer.bucket.chunks[0] if self._chunk is None else self._chunk)
         buffer.view(slot).add_(gradient)
         self._count(buffer, parameter)
 
@@ -231,13 +239,12 @@ class Gradients:
             self._queues[chunk] = self._of_chunk(chunk)
 
     def _count(self, buffer: _Buffer, parameter: nn.Parameter) -> None:
-        if not self._counts:
-            return
-        buffer.missing.discard(parameter)
-        if self._launches:
-            for chunk in buffer.bucket.chunks:
-                while self._queues[chunk] and not self._queues[chunk][0].missing:
-                    self._launch(self._queues[chunk].pop(0))
+        if self._counts:
+            buffer.missing.discard(parameter)
+        if self._launches and self._chunk is not None:
+            queue = self._queues[self._chunk]
+            while queue and not queue[0].missing:
+                self._launch(queue.pop(0))
 
     def _launch(self, buffer: _Buffer) -> None:
         if self.streams:

@@ -30,16 +30,24 @@ def samples() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, targets
 
 
-def train(optim: OptimConfig, steps: int, bucket_bytes: float, zero: int = 0) -> dict[str, object]:
+def train(
+    optim: OptimConfig,
+    steps: int,
+    bucket_bytes: float,
+    zero: int = 0,
+    ordered: bool = False,
+    compute: torch.dtype = torch.float64,
+    main: torch.dtype = torch.float64,
+) -> dict[str, object]:
     """Steps over the same global batch, microbatches of one sample; what a rank ends up with."""
     world = world_from_environment()
     join(world)
     calls: list[Call] = []
-    comm = Communicator(Mesh({"pp": 1, "dp": world.size, "cp": 1, "tp": 1}, world.rank), calls.append)
+    comm = Communicator(Mesh({"pp": 1, "dp": world.size, "cp": 1, "tp": 1}, world.rank), calls.append, ordered=ordered)
     with torch.device("meta"):
         model = Transformer(MODEL, VOCAB, SEQUENCE)
-    materialize(model, torch.device("cpu"), seed=3, dtype=torch.float64)
-    gradients = Gradients([model], comm, torch.float64, bucket_bytes, zero)
+    materialize(model, torch.device("cpu"), seed=3, dtype=compute)
+    gradients = Gradients([model], comm, main, bucket_bytes, zero)
     optimizer = Optimizer([model], gradients, optim, steps)
     tokens, targets = samples()
     valid = float((targets >= 0).sum())
@@ -47,25 +55,33 @@ def train(optim: OptimConfig, steps: int, bucket_bytes: float, zero: int = 0) ->
     losses, norms, first = [], [], {}
     for step in range(1, steps + 1):
         gradients.zero()
-        total = torch.zeros(1, dtype=torch.float64)
+        terms = torch.zeros(SAMPLES, dtype=torch.float64)
         for row in mine:
             loss = model.loss(tokens[row : row + 1], targets[row : row + 1]).nll_sum / valid
             with gradients.accumulating(0, last=row == mine[-1]):
                 loss.backward()
-            total += loss.detach()
+            terms[row] = loss.detach()
         gradients.finish()
-        comm.all_reduce(total, "dp")
+        comm.all_reduce(terms, "dp")
         norm = gradients.global_norm().item()
         if step == 1:
             first = {name: gradients.full(p).clone() for name, p in model.named_parameters()}
         if optim.clip and norm > optim.clip:
             gradients.scale(optim.clip / norm)
         optimizer.step(step)
-        losses.append(total.item())
+        losses.append(sum(terms.tolist()))
         norms.append(norm)
     optimizer.wait()
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return {"losses": losses, "norms": norms, "gradients": first, "weights": weights, "calls": len(calls)}
+    state = sum(held.bytes for held in optimizer.state_tensors().values())
+    return {
+        "losses": losses,
+        "norms": norms,
+        "gradients": first,
+        "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "calls": len(calls),
+        "state_bytes": state,
+        "gradient_bytes": gradients.kept_bytes(),
+    }
 
 
 OPTIMIZERS = {

@@ -32,10 +32,12 @@ def test_schedules_at_their_landmarks() -> None:
         assert math.isclose(shares[-1], 1.0 if name == "constant" else 0.1)
     wsd = OptimConfig(schedule="wsd", warmup_steps=5, decay_steps=20, min_lr_ratio=0.0)
     assert [lr_share(wsd, step, 100) for step in (5, 80, 90, 100)] == [1.0, 1.0, 0.5, 0.0]
+    root = OptimConfig(schedule="inverse_sqrt", warmup_steps=4, min_lr_ratio=0.2)
+    assert [lr_share(root, step, 1000) for step in (1, 4, 16, 64, 400)] == [0.25, 1.0, 0.5, 0.25, 0.2]
 
 
 @given(
-    st.sampled_from(["cosine", "wsd", "linear", "constant"]),
+    st.sampled_from(["cosine", "wsd", "linear", "inverse_sqrt", "constant"]),
     st.integers(1, 400),
     st.integers(0, 400),
     st.integers(0, 400),
