@@ -29,6 +29,7 @@ class DeferredWeights:
         self.bytes += _bytes(x) + _bytes(grad_y)
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
+    @torch.no_grad()
     def compute(self, microbatch: int, gradients: Gradients) -> None:
         """The weight gradients of one microbatch, handed to `gradients` in the order in which backward met them."""
         for weight, x, grad_y in self._kept.pop(microbatch, []):
