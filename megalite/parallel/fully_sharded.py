@@ -21,42 +21,41 @@ from torch.distributed.tensor import DTensor
 from megalite.comm import Communicator
 from megalite.mesh import Mesh
 from megalite.parallel.data import Gradients, Piece
-from megalite.parallel.parameter import Placement, attach, declaration, initial_values, placement
+from megalite.parallel.parameter import Placement, attach, declaration, initial_values, local, placement
 from megalite.precision import Precision
 
 
 def shard_fully(
-    stages: Sequence[nn.Module],
+    stage: nn.Module,
     units: Sequence[nn.Module],
     comm: Communicator,
     device: torch.device,
     seed: int,
     precision: Precision,
 ) -> None:
-    """Shard every weight of `stages` by rows over the mesh axis shard (at least two ranks) and give it initial values.
+    """Shard every weight of `stage` by rows over the mesh axis shard (at least two ranks) and give it initial values.
 
-    The stages come from the meta device, so a rank never holds more than its rows. `units`: modules of the stages that
-    are gathered alone. Rows are in `precision.main`, whole weights in `precision.compute`.
+    The stage comes from the meta device, so a rank never holds more than its rows. `units`: modules of it that are
+    gathered alone. Rows are in `precision.main`, whole weights in `precision.compute`.
     """
     group = comm.mesh.group("shard")
     assert group is not None, "one rank has nothing to share out"
-    where: dict[str, Any] = {"mesh": DeviceMesh.from_group(group, device.type)}
-    where["mp_policy"] = MixedPrecisionPolicy(precision.compute, precision.main, cast_forward_inputs=False)
-    for stage in stages:
-        known = {name: (declaration(p), placement(p)) for name, p in stage.named_parameters()}
-        stage.to(precision.main)
-        for module in (*(unit for unit in stage.modules() if unit in set(units)), stage):
-            sharded = fully_shard(module, **where)
-            sharded.set_custom_all_gather(_Gather(comm))  # type: ignore[arg-type]
-            sharded.set_custom_reduce_scatter(_Reduce(comm))  # type: ignore[arg-type]
-            sharded.set_gradient_divide_factor(1.0)
-            sharded.set_force_sum_reduction_for_comms(True)
-        stage.to_empty(device=device)
-        for name, parameter in stage.named_parameters():
-            declared, whole = known[name]
-            placed = rows_of(whole, comm.mesh)
-            attach(parameter, declared, placed)
-            local(parameter).copy_(initial_values(declared, name, seed, placed).to(precision.compute))
+    mesh = DeviceMesh.from_group(group, device.type)
+    mixed = MixedPrecisionPolicy(precision.compute, precision.main, cast_forward_inputs=False)
+    known = {name: (declaration(p), placement(p)) for name, p in stage.named_parameters()}
+    stage.to(precision.main)
+    for module in (*units, stage):
+        sharded = fully_shard(module, mesh=mesh, mp_policy=mixed)
+        sharded.set_custom_all_gather(_Gather(comm))  # type: ignore[arg-type]
+        sharded.set_custom_reduce_scatter(_Reduce(comm))  # type: ignore[arg-type]
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+    stage.to_empty(device=device)
+    for name, parameter in stage.named_parameters():
+        declared, whole = known[name]
+        placed = rows_of(whole, comm.mesh)
+        attach(parameter, declared, placed)
+        local(parameter).copy_(initial_values(declared, name, seed, placed).to(precision.compute))
 
 
 def rows_of(whole: Placement, mesh: Mesh) -> Placement:
@@ -66,12 +65,6 @@ def rows_of(whole: Placement, mesh: Mesh) -> Placement:
     start, stop = min(rows, place * each), min(rows, (place + 1) * each)
     offsets, shape = (whole.offsets[0] + start, *whole.offsets[1:]), (stop - start, *whole.shape[1:])
     return replace(whole, offsets=offsets, shape=shape, replicas=("copy",))
-
-
-def local(parameter: torch.Tensor) -> torch.Tensor:
-    """The values of a parameter that are here, live: its rows where it is fully sharded, else all."""
-    values = parameter.detach()
-    return values.to_local() if isinstance(values, DTensor) else values
 
 
 class LocalWeights(nn.Module):
@@ -118,7 +111,7 @@ class ShardedGradients(Gradients):
 
     @contextmanager
     def accumulating(self, chunk: int = 0, last: bool = False, complete: bool = True) -> Iterator[None]:
-        """As of `Gradients`. The head's weight comes back first: the loss, not a module, reads it, so FSDP2 would not know."""
+        """As of `Gradients`. The stage's own weights come back first: the loss reads the head's outside of modules."""
         assert complete, "a weight gradient put off would miss its reduction"
         stage = self.stages[chunk]
         assert isinstance(stage, FSDPModule)

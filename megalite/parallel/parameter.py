@@ -81,6 +81,12 @@ def placement(parameter: nn.Parameter) -> Placement:
     return parameter.placement  # type: ignore[attr-defined]
 
 
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """The values of a parameter that are here, live: its rows where FSDP2 shards it, else all."""
+    values = parameter.detach()
+    return values.to_local() if hasattr(values, "to_local") else values
+
+
 def part(size: int, ranks: int, index: int) -> tuple[int, int]:
     """[start, stop) of the `index`-th of `ranks` nearly equal parts of `size`; equal where `ranks` divides it."""
     return size * index // ranks, size * (index + 1) // ranks

@@ -17,7 +17,6 @@ from megalite.model.parallelize import parallelize
 from megalite.model.size import flops_per_token, parameter_counts
 from megalite.model.transformer import Transformer
 from megalite.parallel.data import Gradients
-from megalite.parallel.fully_sharded import ShardedGradients, shard_fully
 from megalite.parallel.parameter import materialize
 from megalite.pipeline import schedule
 from megalite.pipeline.schedule import lower
@@ -90,8 +89,10 @@ def make_stages(
     layers = layers_of_stages(config, comm, vocab, len(placement), precision, device)
     stages = parallelize(model, comm, config, layers, placement)
     if shards_weights(config, comm.mesh):
-        blocks = [block for stage in stages for block in stage.blocks.values()]
-        shard_fully(stages, blocks, comm, device, config.train.seed, precision)
+        from megalite.parallel.fully_sharded import shard_fully  # FSDP2 takes two seconds to import
+
+        for stage in stages:
+            shard_fully(stage, list(stage.blocks.values()), comm, device, config.train.seed, precision)
     else:
         materialize(stages, device, config.train.seed, precision.compute)
     return stages
@@ -119,6 +120,8 @@ def make_gradients(
 ) -> Gradients:
     zero, bucket_bytes = config.parallel.zero, config.parallel.bucket_mb * 2**20
     if shards_weights(config, comm.mesh):
+        from megalite.parallel.fully_sharded import ShardedGradients
+
         return ShardedGradients(stages, comm, precision, bucket_bytes)
     return Gradients(stages, comm, precision.main, bucket_bytes, 0 if zero == 3 else zero)
 
