@@ -21,7 +21,7 @@ $(SETUP): setup.py constraints.txt
 	@touch $@
 
 train: $(SETUP)
-	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) -m megalite train experiment=quickstart $(ARGS)
+	$(BIN)/megalite train --nproc-per-node $(NPROC) experiment=quickstart $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

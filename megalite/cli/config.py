@@ -13,6 +13,8 @@ def run(arguments: list[str]) -> int:
     job = parse_job(arguments, USAGE)
     if job.multirun:
         raise UserError("--multirun: config shows one configuration at a time; leave it out")
+    if job.processes > 1:
+        raise UserError(f"--nproc-per-node: config starts nothing; use --world-size {job.processes}")
     from megalite.config.origin import explained
 
     text, problems = explained(job.overrides, job.config_dir, job.config_name, job.world_size)

@@ -14,7 +14,7 @@ FLAGS = """\
   --config-name NAME    start from DIR/NAME.yaml
   --cfg job             print the configuration and stop
   --multirun, -m        a job for each combination of values listed with commas, one after another
-  --nproc-per-node N    with --multirun: processes of each job
+  --nproc-per-node N    start N processes on this host; with --multirun: for each job
   --world-size N        check the configuration for a job of N ranks"""
 
 
@@ -39,9 +39,10 @@ class Job:
         )
 
     def place(self) -> list[str]:
-        """The flags that name where the configuration starts, for another process."""
+        """The flags that name where the configuration starts and its world size, for another process."""
         folder = [] if self.config_dir is None else ["--config-dir", str(self.config_dir)]
-        return [*folder, "--config-name", self.config_name]
+        size = [] if self.world_size is None else ["--world-size", str(self.world_size)]
+        return [*folder, "--config-name", self.config_name, *size]
 
 
 def parse_job(arguments: Sequence[str], usage: str) -> Job:
@@ -62,8 +63,6 @@ def parse_job(arguments: Sequence[str], usage: str) -> Job:
         else:
             known = ", ".join(["--help", "--multirun", *(name for name in TAKERS if name.startswith("--"))])
             raise UserError(f"{flag}: unknown flag; known are {known}")
-    if job.processes > 1 and not job.multirun:
-        raise UserError("--nproc-per-node: starts processes with --multirun only; use torchrun -m megalite train")
     return job
 
 

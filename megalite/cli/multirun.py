@@ -1,4 +1,4 @@
-"""`--multirun`: one process (torchrun for several) a job, one job after another, each in a run folder of its own."""
+"""`--multirun`: one job after another, each in its own processes and run folder."""
 
 import hashlib
 import os
@@ -17,13 +17,11 @@ def multirun(job: Job) -> int:
     if "RANK" in os.environ:
         raise UserError("--multirun: not under torchrun, every rank would sweep; give --nproc-per-node N instead")
     runs = job_words(job)
-    start = [sys.executable, "-m", "megalite", "train"]
-    if job.processes > 1:
-        start[1:2] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.processes}", "-m"]
+    start = [sys.executable, "-m", "megalite", "train", "--nproc-per-node", str(job.processes), *job.place()]
     worst = 0
     for number, words in enumerate(runs, start=1):
         print(f"[{number}/{len(runs)}] {' '.join(words)}", file=sys.stderr, flush=True)
-        worst = max(worst, subprocess.run([*start, *job.place(), *words], check=False).returncode)
+        worst = max(worst, subprocess.run([*start, *words], check=False).returncode)
     return worst
 
 

@@ -1,17 +1,21 @@
-"""`megalite train`: pretrain from a configuration; alone or, started by torchrun, as one rank of many."""
+"""`megalite train`: pretrain from a configuration; alone, as all ranks of this host, or as one rank of torchrun's."""
 
-from megalite.cli.job import parse_job
+import os
+import sys
+
+from megalite.cli.job import Job, parse_job
+from megalite.cli.local import run_ranks
 from megalite.cli.multirun import multirun
 from megalite.config.load import config_yaml
 from megalite.errors import UserError
-from megalite.world import join, leave, world_from_environment
 
 USAGE = """Usage: megalite train [group=choice ...] [key=value ...]
 
 Pretrain a model; started again, it goes on from the run folder's newest complete checkpoint.
 
   megalite train experiment=quickstart
-  torchrun --nproc-per-node 2 -m megalite train experiment=quickstart optim.lr=1e-3
+  megalite train --nproc-per-node 2 experiment=quickstart optim.lr=1e-3
+  torchrun --nproc-per-node 2 -m megalite train experiment=quickstart     the same, with torchrun's restarts and hosts
   megalite train --config-dir runs/quickstart --config-name config run.name=again     repeat a run
   megalite train --multirun optim.lr=1e-3,2e-3                        one run after the other
   megalite train experiment=quickstart --cfg job                      print the configuration, run nothing
@@ -21,11 +25,22 @@ Every key: docs/config.md. What is set and why: megalite config [the same words]
 
 def run(arguments: list[str]) -> int:
     job = parse_job(arguments, USAGE)
+    if job.processes > 1 and "RANK" in os.environ:
+        raise UserError("--nproc-per-node: not under torchrun, which has started the processes; leave it out")
     if job.multirun:
         return multirun(job)
+    if job.processes > 1 and not job.cfg:
+        return run_ranks([sys.executable, "-m", "megalite", "train", *job.place(), *job.overrides], job.processes)
+    return train(job)
+
+
+def train(job: Job) -> int:
+    """This process as the only rank, or as the one that the environment says."""
+    from megalite.world import join, leave, world_from_environment  # torch: the start of several ranks does without
+
     world = world_from_environment()
     try:
-        config = job.config(world.size)
+        config = job.config(max(world.size, job.processes))
     except UserError:
         if world.rank == 0:
             raise
