@@ -144,7 +144,7 @@ class Communicator:
     ) -> torch.Tensor:
         """Rows for every rank in turn, `send[i]` of them (default: equal parts); returns the rows got from each rank in
         turn, `receive[i]` of them."""
-        group = self._enter("all_to_all", axes, tensor)
+        group = self._enter("all_to_all", axes, tensor, uneven=send is not None)
         if group is None:
             return tensor
         rows = tensor.shape[0] if receive is None else sum(receive)
@@ -228,14 +228,21 @@ class Communicator:
         return outcome["result"]
 
     def _enter(
-        self, op: str, axes: tuple[str, ...], tensor: torch.Tensor, places: Sequence[int] | None = None
+        self,
+        op: str,
+        axes: tuple[str, ...],
+        tensor: torch.Tensor,
+        places: Sequence[int] | None = None,
+        uneven: bool = False,
     ) -> dist.ProcessGroup | None:
-        """The group of a collective about to run, after telling the recorder and, when asked, comparing the ranks."""
+        """The group of a collective about to run, after telling the recorder and, when asked, comparing the ranks.
+        `uneven`: they may hand in unequal numbers of rows."""
         group = self.mesh.group(*axes, places=places)
         if group is not None:
             self._note(op, axes, tensor, tuple(dist.get_process_group_ranks(group)))
             if self.check:
-                self._compare(f"{op} {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}", group)
+                shape = list(tensor.shape[1:] if uneven else tensor.shape)
+                self._compare(f"{op} {str(tensor.dtype).removeprefix('torch.')}{shape}", group)
         return group
 
     def _peer(
