@@ -283,7 +283,10 @@ def legal(layout: Layout, task: Task | None = None) -> bool:
 
 
 def all_layouts(world: int) -> Iterator[Layout]:
-    """Every legal composition of `world` ranks with every schedule, kind of context parallelism, and zero stage."""
+    """Every legal composition of `world` ranks with every schedule, kind of context parallelism, and zero stage.
+
+    The gather overlapped with the product is a matter of tp alone: it is taken once with each set of axes.
+    """
     factors = [n for n in range(1, world + 1) if world % n == 0]
     for dp, tp, cp, pp in product(factors, repeat=4):
         if dp * tp * cp * pp != world:
@@ -294,11 +297,12 @@ def all_layouts(world: int) -> Iterator[Layout]:
             [False, True] if tp > 1 else [False], kinds, schedules, ZERO if dp * cp > 1 else [0]
         ):
             layout = Layout(dp, tp, sp, cp, kind, pp, chunks, schedule, zero)
-            if legal(layout):
-                yield layout
+            for overlap in [False, True] if sp and zero == 0 and schedule in ("1f1b", "zb_h1") else [False]:
+                if legal(layout):
+                    yield replace(layout, overlap=overlap)
 
 
-ZERO = [0, 1, 2]
+ZERO = [0, 1, 2, 3]
 
 SCHEDULES = [
     ("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("looped_bfs", 2), ("zb_h1", 1), ("zb_h2", 1), ("zb_auto", 1),
