@@ -1,5 +1,6 @@
 """Assembling a run: process settings, mesh, data, model. Everything the trainer holds is made here, in this order."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,13 +18,14 @@ from megalite.model.parallelize import parallelize
 from megalite.model.size import flops_per_token, parameter_counts
 from megalite.model.transformer import Transformer
 from megalite.parallel.data import Gradients
-from megalite.parallel.parameter import materialize
+from megalite.parallel.parameter import materialize, placement
 from megalite.pipeline import schedule
-from megalite.pipeline.schedule import lower
+from megalite.pipeline.schedule import Kind, lower
 from megalite.pipeline.schedule.check import communicates
+from megalite.pipeline.schedule.measure import peak
 from megalite.pipeline.split import split_layers
 from megalite.precision import Precision
-from megalite.train.memory import predicted_memory
+from megalite.train.memory import Share, predict
 from megalite.train.peak import measured_matmul_peak
 from megalite.train.stage_costs import measured_costs
 from megalite.world import World, usable_cores
@@ -126,9 +128,32 @@ def make_gradients(
     return Gradients(stages, comm, precision.main, bucket_bytes, 0 if zero == 3 else zero)
 
 
+def rank_share(config: Config, mesh: Mesh, stages: Sequence[Transformer], made: schedule.Schedule) -> Share:
+    """What this rank has of the job, for the prediction of its memory."""
+    parameters = {p: math.prod(placement(p).shape) for stage in stages for p in stage.parameters()}
+    layers = sum(len(stage.blocks) for stage in stages) / len(stages)
+    in_flight = peak(made.rows[mesh.index("pp")], Kind.W)
+    return Share(sum(parameters.values()), layers * in_flight, any(s.last for s in stages), mesh.size("dp", "cp"))
+
+
+def describe_layout(config: Config, mesh: Mesh, made: schedule.Schedule) -> str:
+    """The axes that are more than one rank, and how each is used."""
+    parallel = config.parallel
+    notes = {
+        "pp": f" ({parallel.schedule}, {made.chunks} x {mesh.size('pp')} stages, {made.microbatches} microbatches)",
+        "cp": f" ({parallel.cp_kind})",
+        "tp": " with sp" if parallel.sp else "",
+        "dp": "",
+    }
+    axes = [f"{axis} {size}{notes[axis]}" for axis, size in mesh.sizes.items() if size > 1]
+    sharing = [f"zero {parallel.zero}"] if parallel.zero else []
+    return " ".join(axes + sharing) or "one process"
+
+
 def run_facts(
-    config: Config, world: World, mesh: Mesh, data: DataBundle, vocab: int, precision: Precision
-) -> dict[str, Any]:
+    config: Config, world: World, mesh: Mesh, data: DataBundle, vocab: int, precision: Precision,
+    stages: Sequence[Transformer], made: schedule.Schedule,
+) -> dict[str, Any]:  # fmt: skip
     """What the header shows and environment.json keeps; keys are listed in `header.py`."""
     train, sequence = config.train, config.data.sequence_length
     counts = parameter_counts(config.model, vocab, config.model.max_positions or sequence)
@@ -140,7 +165,7 @@ def run_facts(
         "embedding_parameters": counts.embedding,
         "layers": config.model.layers,
         "hidden": config.model.hidden,
-        "layout": " ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1) or "one process",
+        "layout": describe_layout(config, mesh, made),
         "world_size": world.size,
         "device": str(world.device),
         "threads": threads,
@@ -157,5 +182,8 @@ def run_facts(
         "backends": explain(world.device, precision.compute, config.train.compile),
         "peak_flops": measured_matmul_peak(world.device, precision.compute, threads),
         "flops_per_token": flops_per_token(config.model, vocab, sequence),
-        "predicted_memory_gb": predicted_memory(config, vocab, precision.compute, precision.main, world.device.type),
+        "predicted_memory_gb": predict(
+            config, vocab, precision.compute, precision.main, world.device.type, rank_share(config, mesh, stages, made)
+        ).total
+        / 1e9,
     }

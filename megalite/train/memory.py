@@ -38,57 +38,83 @@ class Memory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
-def predict(config: Config, vocab: int, compute: torch.dtype, main: torch.dtype, device: str = "cpu") -> Memory:
-    """Memory of a process that holds the whole model (plain data parallelism does).
+@dataclass(frozen=True)
+class Share:
+    """What one rank has of a job: `parameters` of its stages; `kept_layers`: blocks whose activations wait for backward
+    at once, summed over microbatches in flight; `last`: whether it computes the loss; `replicas`: ranks that ZeRO
+    shares over."""
+
+    parameters: int
+    kept_layers: float
+    last: bool = True
+    replicas: int = 1
+
+
+def whole(config: Config, vocab: int) -> Share:
+    """The share of a process that holds the whole model."""
+    positions = config.model.max_positions or config.data.sequence_length
+    return Share(parameter_counts(config.model, vocab, positions).total, config.model.layers)
+
+
+def predict(
+    config: Config,
+    vocab: int,
+    compute: torch.dtype,
+    main: torch.dtype,
+    device: str = "cpu",
+    share: Share | None = None,
+) -> Memory:
+    """Memory of a process with that share of the job (default: of one that holds the whole model).
 
     Parameters and activations are in `compute`, gradients and moments in `main`; `device`: cpu or cuda.
     """
-    model, tokens = config.model, config.train.micro_batch * config.data.sequence_length
+    share, parallel = share or whole(config, vocab), config.parallel
+    model, tokens = config.model, config.train.micro_batch * config.data.sequence_length // parallel.cp
     counts = parameter_counts(model, vocab, model.max_positions or config.data.sequence_length)
+    states, sums, weights = (share.replicas if parallel.zero >= stage else 1 for stage in (1, 2, 3))
     moments: float = 1 if config.optim.name == "sgd" else 2
     if config.optim.name == "muon":  # matrices keep one moment, everything else AdamW's two
         moments = 2 - counts.matrices / counts.total
     copies = 0 if compute == main else main.itemsize
-    kept = model.layers * kept_per_token(model, compute.itemsize, config.recompute.mode)
+    layer = kept_per_token(model, compute.itemsize, config.recompute.mode, parallel.tp, parallel.sp)
+    kept = share.kept_layers * layer
     ends = 2 * model.hidden * compute.itemsize + 3 * 8  # final norm's input and output; tokens, targets
     if model.position == "rope":
         ends += 2 * 4 * rotary_dim(model)  # float32 tables that all layers share
     return Memory(
-        weights=counts.total * compute.itemsize,
-        gradients=counts.total * main.itemsize,
-        optimizer=counts.total * (copies + moments * main.itemsize),
+        weights=share.parameters * (compute.itemsize if weights == 1 else main.itemsize / weights),
+        gradients=share.parameters * main.itemsize / sums,
+        optimizer=share.parameters * (copies * (weights == 1) + moments * main.itemsize) / states,
         activations=tokens * (kept + ends),
-        transient=_transient(config, vocab, tokens, compute),
+        transient=_transient(config, -(-vocab // parallel.tp), tokens, compute, share.last),
         process=PROCESS_BYTES.get(device, 0.0),
     )
 
 
-def predicted_memory(config: Config, vocab: int, compute: torch.dtype, main: torch.dtype, device: str = "cpu") -> float:
-    """The same in GB (1e9 bytes), for the run's header."""
-    return predict(config, vocab, compute, main, device).total / 1e9
-
-
-def kept_per_token(model: ModelConfig, size: int, recompute: str) -> float:
+def kept_per_token(model: ModelConfig, size: int, recompute: str, tp: int = 1, sp: bool = False) -> float:
     """Bytes that one layer keeps for backward, a token; `size`: bytes of an activation element.
 
     The residual stream before each sublayer, each projection's input, queries, keys and values after RoPE, the MLP's
     inner values; float32 statistics of norms and attention.
     """
-    hidden = model.hidden
+    hidden, stream = model.hidden, model.hidden / (tp if sp else 1)  # the residual stream is spread with sp only
     if recompute == "full":
-        return hidden * size
-    queries, keys = model.heads * head_dim(model), kv_heads(model) * head_dim(model)
+        return stream * size
+    heads, key_heads = model.heads / tp, max(1.0, kv_heads(model) / tp)
+    queries, keys = heads * head_dim(model), key_heads * head_dim(model)
     before, after = model.norm_place != "post", model.norm_place != "pre"
     statistics = 8 if model.norm == "layernorm" else 4
-    elements = 2 * hidden + 2 * queries + 2 * keys  # inputs of query/key/value and MLP; q, k, v and the heads' output
-    elements += 2 * hidden * (before + after)  # a norm keeps its input
-    other = 2 * statistics * (before + after) + SPANS
+    # Inputs of query/key/value and MLP; q, k, v and the heads' output.
+    elements: float = 2 * hidden + 2 * queries + 2 * keys
+    elements += 2 * stream * (before + after)  # a norm keeps its input
+    other: float = 2 * statistics * (before + after) + SPANS
     if model.qk_norm:
         elements += queries + keys
-        other += 4 * (model.heads + kv_heads(model))
-    inner, attention_statistics = _mlp_kept(model), 4 * model.heads
+        other += 4 * (heads + key_heads)
+    inner: float = _mlp_kept(model) / tp
+    attention_statistics: float = 4 * heads
     if recompute in ("activation", "selective"):
-        inner -= model.ffn
+        inner -= model.ffn / tp
     if recompute == "selective":
         attention_statistics = 0
     return (elements + inner) * size + other + attention_statistics
@@ -101,16 +127,16 @@ def _mlp_kept(model: ModelConfig) -> int:
     return (3 if gated(model) else 2) * model.ffn
 
 
-def _transient(config: Config, vocab: int, tokens: int, compute: torch.dtype) -> float:
+def _transient(config: Config, vocab: int, tokens: int, compute: torch.dtype, last: bool) -> float:
     """The widest moment beyond what is kept: the loss with its gradients, or a layer computed again."""
-    model = config.model
+    model, parallel = config.model, config.parallel
     gradients = (tokens + vocab) * model.hidden * 4  # of the last hidden states and of the head, float32
     chunk = min(tokens, max(16, CHUNK_LOGITS // vocab)) * vocab * 4
     handed_on = (tokens + vocab) * model.hidden * compute.itemsize
     again = 0.0
     if config.recompute.mode == "full":
-        again = tokens * kept_per_token(model, compute.itemsize, "none")
-    return max(gradients + max(chunk, handed_on), again)
+        again = tokens * kept_per_token(model, compute.itemsize, "none", parallel.tp, parallel.sp)
+    return max((gradients + max(chunk, handed_on)) * last, again)
 
 
 def measured_memory(device: torch.device) -> int:

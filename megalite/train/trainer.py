@@ -77,7 +77,9 @@ class Trainer:
         state_bytes = self.optimizer.state_bytes()
         if config.checkpoint.final or config.checkpoint.every:
             self.comm.on_rank_zero(lambda: check_free_space(self.run_dir, state_bytes))
-        self.facts = build.run_facts(config, self.world, self.mesh, self.data, self.vocab, self.precision)
+        self.facts = build.run_facts(
+            config, self.world, self.mesh, self.data, self.vocab, self.precision, self.stages, schedule
+        )
         self.facts.update(run_dir=str(self.run_dir), set_by_engine=settled)
         self.step = self.skipped_in_a_row = 0
         self.stopping = False

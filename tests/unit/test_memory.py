@@ -12,8 +12,12 @@ from megalite.config.load import load_config
 from megalite.model.parallelize import apply_recompute
 from megalite.model.transformer import Transformer
 from megalite.parallel.parameter import materialize
-from megalite.train.memory import predict, predicted_memory
+from megalite.train import build
+from megalite.train.memory import predict
 from megalite.train.peak import measured_matmul_peak
+from megalite.train.trainer import Trainer
+from tests.ranks import run_ranks
+from tests.tiny_job import tiny_job
 
 SMALL = ("model.layers=3", "model.hidden=64", "model.heads=4", "model.ffn=96", "data.sequence_length=48")
 VOCAB = 211
@@ -73,7 +77,35 @@ def test_state_is_counted_by_dtype_and_optimizer() -> None:
     assert predict(config, VOCAB, torch.float32, torch.float32).optimizer == 4 * parameters
     config.optim.name = "muon"
     assert 4 * parameters < predict(config, VOCAB, torch.float32, torch.float32).optimizer < 8 * parameters
-    assert predicted_memory(load_config(*SMALL), VOCAB, torch.float32, torch.float32) == full.total / 1e9
+
+
+def held(*overrides: str) -> dict[str, float]:
+    """Bytes of weights and of optimizer state that this rank really has, beside what was predicted."""
+    trainer = Trainer(load_config(*tiny_job(*overrides)), callbacks=[])
+    share = build.rank_share(trainer.config, trainer.mesh, trainer.stages, trainer.pipeline.schedule)
+    predicted = predict(trainer.config, trainer.vocab, torch.float32, torch.float32, share=share)
+    weights = {p for stage in trainer.stages for p in stage.parameters()}
+    state = sum(held.bytes for name, held in trainer.optimizer.state_tensors().items() if name.startswith("optim."))
+    return {
+        "weights": sum(p.numel() * 4 for p in weights),
+        "predicted weights": predicted.weights,
+        "optimizer": state,
+        "predicted optimizer": predicted.optimizer,
+        "predicted activations": predicted.activations,
+    }
+
+
+@pytest.mark.parametrize("layout", [("parallel.tp=2", "parallel.zero=1"), ("parallel.pp=2",)])
+def test_a_rank_holds_its_share(tmp_path: Path, layout: tuple[str, ...]) -> None:
+    words = (f"run.dir={tmp_path / 'run'}", f"data.cache={tmp_path}", "train.micro_batch=1", "precision=fp32")
+    alone = run_ranks(1, held, *words)[0]
+    for rank in run_ranks(4, held, *words, f"run.dir={tmp_path / 'four'}", *layout):
+        assert rank["predicted weights"] == pytest.approx(rank["weights"], rel=1e-9)
+        assert rank["predicted optimizer"] == pytest.approx(rank["optimizer"], rel=0.05), "pads and step counters"
+        assert rank["weights"] < 0.75 * alone["weights"]
+        if "parallel.zero=1" in layout:
+            assert rank["optimizer"] < 0.3 * alone["optimizer"]
+            assert rank["predicted activations"] < alone["predicted activations"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -53,8 +53,8 @@ def test_non_finite_steps_are_skipped_said_and_limited(tmp_path: Path) -> None:
     steps = iter(made)
     first = next(steps)
     weights = {name: held.parts[0][1].clone() for name, held in made.optimizer.state_tensors().items()}
-    loss = made.model.loss
-    made.model.loss = lambda *a, **k: type(out := loss(*a, **k))(out.nll_sum * float("nan"), out.z_sum)  # type: ignore[assignment]
+    loss = made.stages[0].loss
+    made.stages[0].loss = lambda *a, **k: type(out := loss(*a, **k))(out.nll_sum * float("nan"), out.z_sum)  # type: ignore[assignment]
     assert (first.skipped, next(steps).skipped, next(steps).skipped) == (False, True, True)
     assert all(torch.equal(weights[name], held.parts[0][1]) for name, held in made.optimizer.state_tensors().items())
     with pytest.raises(RunError, match=r"train\.nonfinite_limit: 3 steps"):
