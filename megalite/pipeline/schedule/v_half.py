@@ -25,7 +25,7 @@ def v_half(pp: int, microbatches: int, durations: Durations) -> list[list[Op]]:
     queues = [[_order(rank, pp, microbatches)] for rank in range(pp)]
     unlimited = [2 * microbatches] * pp
     limit = v_half_limit(pp)
-    return Filler(v_placement(pp, 2), queues, durations, limit, unlimited, patient=False).run()
+    return Filler(v_placement(pp, 2), queues, durations, limit, unlimited, patient=True).run()
 
 
 def _order(rank: int, pp: int, microbatches: int) -> list[Op]:
