@@ -1,4 +1,4 @@
-"""Two processes under the real torchrun: the same losses as one process, and a killed rank restarts by itself."""
+"""Two processes under torchrun or our own start: the losses of one process. And a killed rank restarts by itself."""
 
 import json
 import os
@@ -29,12 +29,13 @@ def test_two_processes_print_the_losses_of_one(tmp_path: Path) -> None:
     alone = start(tmp_path / "one", *words)
     assert alone.wait(120) == 0, alone.stdout.read() if alone.stdout else ""
     pair = start(tmp_path / "two", *words, torchrun=("--nproc-per-node", "2"))
-    output, _ = pair.communicate(timeout=120)
-    assert pair.returncode == 0, output
-    assert "dp 2" in output and output.count("step 4/4") == 1, "one rank speaks"
-    for name in ("loss", "grad_norm"):
-        expected = [row[name] for row in rows(tmp_path / "one")]
-        torch.testing.assert_close([row[name] for row in rows(tmp_path / "two")], expected, rtol=1e-11, atol=0)
+    for run, job in (("two", pair), ("local", start(tmp_path / "local", "--nproc-per-node=2", *words))):
+        output, _ = job.communicate(timeout=120)
+        assert job.returncode == 0, output
+        assert "dp 2" in output and output.count("step 4/4") == 1, "one rank speaks"
+        for name in ("loss", "grad_norm"):
+            expected = [row[name] for row in rows(tmp_path / "one")]
+            torch.testing.assert_close([row[name] for row in rows(tmp_path / run)], expected, rtol=1e-11, atol=0)
 
 
 def workers_of(launcher: int) -> list[int]:
