@@ -53,7 +53,7 @@ class _Buffer:
         self.arriving = None if self.streams else self.whole
         self.missing = self._all()
         self._work: Handle | None = None
-        self._sent: torch.Tensor | None = None
+        self._sent: torch.Tensor | None = None  # held until it is sent
         self._got: torch.Tensor | None = None
 
     def _all(self) -> set[nn.Parameter]:
@@ -69,9 +69,10 @@ class _Buffer:
         self.settle()
         if self.streams:
             self.arriving = None
-        elif self.whole is not None:
+            self.shard.zero_()
+        else:
+            assert self.whole is not None
             self.whole.zero_()
-        self.shard.zero_()
         self.missing = self._all()
 
     def launch(self) -> None:
