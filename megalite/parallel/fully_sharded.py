@@ -92,8 +92,9 @@ class ShardedGradients(Gradients):
         self, stages: Sequence[nn.Module], comm: Communicator, precision: Precision, bucket_bytes: float
     ) -> None:
         weights = [LocalWeights(stage) for stage in stages]
+        self.stages = stages
         super().__init__(weights, comm, precision.main, bucket_bytes)
-        self.stages, self.compute = stages, precision.compute
+        self.compute = precision.compute
         self._rows = {whole: of.rows[name] for of in weights for name, whole in of.sharded.items()}
         for sharded, rows in self._rows.items():
             sharded.grad = _like(sharded, self.of(sharded))
@@ -105,6 +106,12 @@ class ShardedGradients(Gradients):
     def full(self, parameter: nn.Parameter) -> torch.Tensor:
         return super().full(self._rows[parameter])
 
+    def zero(self) -> None:
+        """As of `Gradients`. What an evaluation, which has no backward, left gathered is dropped."""
+        super().zero()
+        for stage in self.stages:
+            _sharded(stage).reshard()
+
     def pieces(self) -> list[Piece]:
         """As of `Gradients`; a rank may have no row of a small parameter."""
         return [piece for piece in super().pieces() if piece.start < piece.stop]
@@ -113,14 +120,17 @@ class ShardedGradients(Gradients):
     def accumulating(self, chunk: int = 0, last: bool = False, complete: bool = True) -> Iterator[None]:
         """As of `Gradients`. The stage's own weights come back first: the loss reads the head's outside of modules."""
         assert complete, "a weight gradient put off would miss its reduction"
-        stage = self.stages[chunk]
-        assert isinstance(stage, FSDPModule)
-        stage.unshard()
+        _sharded(self.stages[chunk]).unshard()
         with super().accumulating(chunk, last):
             yield
 
     def _reduced(self, rows: nn.Parameter, _: torch.Tensor) -> None:
         self._arrived(rows)
+
+
+def _sharded(stage: nn.Module) -> FSDPModule:
+    assert isinstance(stage, FSDPModule)
+    return stage
 
 
 def _like(sharded: nn.Parameter, rows: torch.Tensor) -> DTensor:

@@ -40,12 +40,16 @@ def evaluate(
     end = min(validation.n_samples, max_samples or validation.n_samples)
     speaks, counts = mesh.index("tp") == 0, mesh.index("pp", "cp", "tp") == 0
     totals = torch.zeros(3, dtype=torch.float64)
-    for start in range(mesh.index("dp") * micro_batch, end, stride):
-        batch = validation.batch(range(start, min(start + micro_batch, end)))
+    for first in range(0, end, stride):
+        start = first + mesh.index("dp") * micro_batch
+        mine = start < end
+        # A rank without samples of its own still computes: with sharded weights every forward pass is a collective.
+        batch = validation.batch(range(start, min(start + micro_batch, end)) if mine else range(first, first + 1))
         nll = losses_of(batch.to(device)).nll_sum.item()
         targets = batch.targets[batch.targets >= 0]
         seen = [nll * speaks, targets.numel() * counts, token_bytes[targets].sum().item() * counts]
-        totals += torch.tensor(seen, dtype=torch.float64)
+        if mine:
+            totals += torch.tensor(seen, dtype=torch.float64)
     comm.all_reduce(totals, *AXES)
     nll, tokens, text_bytes = totals.tolist()
     bits_per_byte = nll / math.log(2) / text_bytes if text_bytes else None
