@@ -1,47 +1,31 @@
-"""One step of the same 18.9M-parameter Llama (configs/model/s19.yaml) by megalite and by each peer.
+"""One step of the same Llama (peers/job.py) by megalite and by each peer.
 
-A builder takes a `Job` and returns step(tokens_BS) -> loss: forward, backward, clip at 1.0, AdamW.
-tokens_BS is int64 [micro_batch, SEQUENCE + 1]. Imports stand inside the builders: most peers live elsewhere.
+A builder takes a `Job` and returns step(tokens_BS) -> loss: forward, backward, clip at 1.0, AdamW. tokens_BS is int64
+[sequences of the step over all ranks, positions + 1]; a rank that does not know the loss returns NaN. Imports stand
+inside the builders: most peers live elsewhere.
 """
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-VOCAB, SEQUENCE, MICRO_BATCH = 8192, 512, 4
-LLAMA = {
-    "vocab_size": VOCAB,
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": SEQUENCE,
-    "tie_word_embeddings": False,
-    "use_cache": False,
+from peers import torch_parallel
+from peers.job import ADAMW, MICRO_BATCH, Job, Step
+
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "tp": ("parallel.tp=2",),
+    "tp+sp": ("parallel.tp=2", "parallel.sp=true"),
+    "tp+sp+overlap": ("parallel.tp=2", "parallel.sp=true", "parallel.overlap=true"),
+    "ring": ("parallel.cp=2",),
+    "ulysses": ("parallel.cp=2", "parallel.cp_kind=ulysses"),
+    "zero1": ("parallel.zero=1",),
+    "zero2": ("parallel.zero=2",),
+    "zero3": ("parallel.zero=3",),
 }
-ADAMW: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
-Step = Callable[[Tensor], float]
-
-
-@dataclass(frozen=True)
-class Job:
-    """`precision`: fp32 or bf16; `variant`: what stands behind the peer's name after a colon."""
-
-    precision: str
-    variant: str
-    rank: int
-    ranks: int
-    threads: int
-    folder: str
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+"""Overrides of megalite's variants, besides its pipelines: each name is a schedule."""
 
 
 def megalite(job: Job) -> Step:
@@ -49,11 +33,21 @@ def megalite(job: Job) -> Step:
     from megalite import Trainer, load_config
     from megalite.data.batch import Batch
 
+    shape, variant = job.shape, job.variant
+    if variant in torch_parallel.PIPELINES:
+        chunks, counts = torch_parallel.PIPELINES[variant]
+        layout: tuple[str, ...] = ("parallel.pp=2", f"parallel.schedule={variant}", f"parallel.chunks={chunks}")
+        layout, micro = (*layout, f"parallel.layers={','.join(map(str, counts))}"), 1
+    else:
+        layout = LAYOUTS.get(variant, ())
+        shared = any(axis in " ".join(layout) for axis in ("tp=", "cp="))
+        micro = job.rows if shared else MICRO_BATCH
     trainer = Trainer(
         load_config(
-            *("model=s19", "data=bytes", f"data.sequence_length={SEQUENCE}", f"precision={job.precision}"),
-            *("train.steps=1000", f"train.micro_batch={MICRO_BATCH}", f"train.global_batch={MICRO_BATCH * job.ranks}"),
-            *(f"train.threads={job.threads}", f"train.compile={str(job.variant == 'compile').lower()}"),
+            *("model=s19", f"model.hidden={shape.hidden}", f"model.ffn={shape.ffn}", f"model.vocab={shape.vocab}"),
+            *("data=bytes", f"data.sequence_length={shape.sequence}", f"precision={job.precision}", *layout),
+            *("train.steps=1000", f"train.micro_batch={micro}", f"train.global_batch={job.rows}"),
+            *(f"train.threads={job.threads}", f"train.compile={str(variant == 'compile').lower()}"),
             *(f"run.dir={job.folder}", "checkpoint.final=false", "optim.schedule=constant", "optim.lr=3e-4"),
             world_size=job.ranks,
         ),
@@ -65,7 +59,8 @@ def megalite(job: Job) -> Step:
         tokens: Tensor
 
         def batch(self, samples: Any) -> Batch:
-            return Batch(self.tokens[:, :-1].contiguous(), self.tokens[:, 1:].contiguous(), None)
+            tokens = self.tokens[[sample % job.rows for sample in samples]]
+            return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
 
     given = Given()
     trainer.data.train = given
@@ -80,12 +75,25 @@ def megalite(job: Job) -> Step:
 def _llama(job: Job) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**LLAMA)).train()
+    shape = job.shape
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=shape.sequence,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).train()
 
 
-def _inputs(tokens_BS: Tensor) -> dict[str, Tensor]:
-    """What transformers' models take: exactly SEQUENCE positions, every one with a target."""
-    tokens, targets = tokens_BS[:, :-1].contiguous(), tokens_BS[:, 1:].contiguous()
+def _inputs(job: Job, tokens_BS: Tensor) -> dict[str, Tensor]:
+    """What transformers' models take of this rank's sequences: every position has a target."""
+    own = job.own(tokens_BS)
+    tokens, targets = own[:, :-1].contiguous(), own[:, 1:].contiguous()
     return {"input_ids": tokens, "labels": tokens, "shift_labels": targets}
 
 
@@ -101,7 +109,7 @@ def transformers(job: Job) -> Step:
 
     def step(tokens_BS: Tensor) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=amp and job.precision == "bf16"):
-            loss = run(**_inputs(tokens_BS)).loss
+            loss = run(**_inputs(job, tokens_BS)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -127,7 +135,7 @@ def fabric(job: Job) -> Step:
     model, optimizer = engine.setup(model, torch.optim.AdamW(model.parameters(), **ADAMW, fused=True))
 
     def step(tokens_BS: Tensor) -> float:
-        loss = model(**_inputs(tokens_BS)).loss
+        loss = model(**_inputs(job, tokens_BS)).loss
         engine.backward(loss)
         engine.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
@@ -150,7 +158,13 @@ def olmo_core(job: Job) -> Step:
 
     if job.ranks > 1:
         torch.distributed.init_process_group("gloo")
-    shape = {"d_model": 384, "vocab_size": VOCAB, "n_layers": 8, "n_heads": 6, "n_kv_heads": 2}
+    shape = {
+        "d_model": job.shape.hidden,
+        "vocab_size": job.shape.vocab,
+        "n_layers": job.shape.layers,
+        "n_heads": job.shape.heads,
+        "n_kv_heads": job.shape.kv_heads,
+    }
     half = job.precision == "bf16"
     model = TransformerConfig.llama_like(
         **shape, hidden_size_multiple_of=256, dtype=DType.bfloat16 if half else DType.float32
@@ -158,8 +172,8 @@ def olmo_core(job: Job) -> Step:
     module = TransformerTrainModule(
         model=model,
         optim=AdamWConfig(**ADAMW, fused=True),
-        rank_microbatch_size=MICRO_BATCH * SEQUENCE,
-        max_sequence_length=SEQUENCE,
+        rank_microbatch_size=MICRO_BATCH * job.shape.sequence,
+        max_sequence_length=job.shape.sequence,
         dp_config=TransformerDataParallelConfig(name=DataParallelType.ddp) if job.ranks > 1 else None,
         max_grad_norm=1.0,
         device=torch.device("cpu"),
@@ -169,8 +183,9 @@ def olmo_core(job: Job) -> Step:
     module.record_ce_loss = lambda value, *_, **__: losses.append(float(value))
 
     def step(tokens_BS: Tensor) -> float:
+        own = job.own(tokens_BS)
         module.zero_grads()
-        module.train_batch({"input_ids": tokens_BS[:, :-1].contiguous(), "labels": tokens_BS[:, 1:].contiguous()})
+        module.train_batch({"input_ids": own[:, :-1].contiguous(), "labels": own[:, 1:].contiguous()})
         module.optim_step()
         return losses[-1]
 
@@ -197,7 +212,7 @@ def deepspeed(job: Job) -> Step:
     )
 
     def step(tokens_BS: Tensor) -> float:
-        loss = wrapped(**_inputs(tokens_BS)).loss
+        loss = wrapped(**_inputs(job, tokens_BS)).loss
         wrapped.backward(loss)
         wrapped.step()
         return float(loss)
@@ -211,4 +226,5 @@ ENGINES: dict[str, Callable[[Job], Step]] = {
     "fabric": fabric,
     "olmo_core": olmo_core,
     "deepspeed": deepspeed,
+    "torch": torch_parallel.build,
 }

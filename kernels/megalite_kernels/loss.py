@@ -184,10 +184,16 @@ def _rows(
     wanted: bool, first: int, combine: Combine | None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """(gradient by the bare product or None, nll, lse) of a chunk's rows, 0 where ignored; may overwrite logits."""
-    native_fits = logits.device.type == "cpu" and logits.dtype == torch.float32 and compiled_kernels()
-    if native_fits and combine is None and nll_weight == 1.0:
-        nll, lse = native.cross_entropy(logits, targets.contiguous(), ignore_index, softcap, z_weight, wanted)
-        return logits if wanted else None, nll, lse
+    if logits.device.type == "cpu" and logits.dtype == torch.float32 and compiled_kernels():
+        targets = targets.contiguous()
+        if combine is None and nll_weight == 1.0:
+            nll, lse = native.cross_entropy(logits, targets, ignore_index, softcap, z_weight, wanted)
+            return logits if wanted else None, nll, lse
+        lse, chosen = native.shard_sums(logits, targets, first, ignore_index, softcap)
+        lse, chosen = _of_all(lse, chosen, targets != ignore_index, combine)
+        if wanted:
+            native.shard_gradient(logits, targets, first, ignore_index, softcap, nll_weight, z_weight, lse)
+        return logits if wanted else None, lse - chosen, lse
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
     counted = targets != ignore_index
@@ -195,16 +201,21 @@ def _rows(
     index = torch.where(held, targets - first, 0)[:, None]
     lse = torch.logsumexp(logits, dim=-1)
     chosen = torch.where(held, logits.gather(-1, index)[:, 0], 0.0)
-    if combine is not None:
-        lse, chosen = combine(lse, chosen)
-    nll = torch.where(counted, lse - chosen, 0.0)
+    lse, chosen = _of_all(lse, chosen, counted, combine)
     if not wanted:
-        return None, nll, torch.where(counted, lse, 0.0)
+        return None, lse - chosen, lse
     gradient = torch.exp(logits - lse[:, None]) * (nll_weight + 2.0 * z_weight * lse)[:, None]
     gradient.scatter_add_(-1, index, held.to(gradient.dtype)[:, None] * -nll_weight)
     if softcap > 0:
         gradient *= 1.0 - (logits / softcap).square()
-    return gradient.masked_fill_(~counted[:, None], 0.0), nll, torch.where(counted, lse, 0.0)
+    return gradient.masked_fill_(~counted[:, None], 0.0), lse - chosen, lse
+
+
+def _of_all(lse: Tensor, chosen: Tensor, counted: Tensor, combine: Combine | None) -> tuple[Tensor, Tensor]:
+    """Both of the whole vocabulary, 0 where ignored."""
+    if combine is not None:
+        lse, chosen = combine(lse, chosen)
+    return torch.where(counted, lse, 0.0), torch.where(counted, chosen, 0.0)
 
 
 @chunked.register_fake

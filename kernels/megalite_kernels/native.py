@@ -127,6 +127,33 @@ def cross_entropy(
     return nll, lse
 
 
+def shard_sums(
+    logits_NV: Tensor, targets_N: Tensor, first: int, ignore_index: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """(lse, target's logit or 0) a row of a shard of the float32 logits, which are capped in place; 0 where ignored."""
+    lse, chosen = torch.empty(2, logits_NV.shape[0])
+    tail = (c_float(softcap), _pointer(lse), _pointer(chosen))
+    _call("shard_sums", *_shard(logits_NV, targets_N, first, ignore_index), *tail)
+    return lse, chosen
+
+
+def shard_gradient(
+    logits_NV: Tensor, targets_N: Tensor, first: int, ignore_index: int, softcap: float, nll_weight: float,
+    z_weight: float, lse_N: Tensor,
+) -> None:  # fmt: skip
+    """What `shard_sums` left becomes d(nll_weight·nll + z_weight·lse²) of the whole vocabulary, whose lse is given."""
+    assert lse_N.dtype == torch.float32
+    tail = (c_float(softcap), c_float(nll_weight), c_float(z_weight), _pointer(lse_N))
+    _call("shard_gradient", *_shard(logits_NV, targets_N, first, ignore_index), *tail)
+
+
+def _shard(logits_NV: Tensor, targets_N: Tensor, first: int, ignore_index: int) -> tuple[Any, ...]:
+    rows, width = logits_NV.shape
+    assert logits_NV.dtype == torch.float32 and targets_N.dtype == torch.int64 and targets_N.shape == (rows,)
+    sizes = (c_long(rows), c_long(width), c_long(first))
+    return *sizes, _pointer(logits_NV), _pointer(targets_N), c_int64(ignore_index)
+
+
 def _shape(q: Tensor, k: Tensor, low: Tensor, high: Tensor, scale: float, softcap: float | None) -> _Shape:
     batch, queries, heads, dim = q.shape
     return _Shape(

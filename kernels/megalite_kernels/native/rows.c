@@ -1,5 +1,5 @@
 // Row-wise ops, forward and backward, on fp32 or bf16 memory with fp32 arithmetic: norm, gated activations, rotary
-// positions, and the softmax of a block of logits turned in place into its own gradient.
+// positions, and the softmax of a block of logits (or of one shard of them) turned in place into its own gradient.
 // Sums over rows go through a fixed number of partial sums, so the result does not depend on threads.
 #include "simd.h"
 
@@ -147,6 +147,23 @@ void rope(
     }
 }
 
+// The largest value of a row, which becomes cap · tanh(row / cap); `slope`, if any, receives the derivative of that.
+static inline float cap_and_peak(float *row, long width, float softcap, float *slope) {
+    vf peak = splat(-INFINITY);
+    EACH(j, width) {
+        long left = width - j;
+        vf x = load_part(row + j, left);
+        if (softcap > 0) {
+            vf t = hyperbolic_tangent(x / softcap);
+            x = t * softcap;
+            store_part(row + j, x, left);
+            if (slope) store_part(slope + j, 1.0f - t * t, left);
+        }
+        peak = larger(keep(x, left, -INFINITY), peak);
+    }
+    return max_lanes(peak);
+}
+
 // Rows of logits[rows, width]: lse, and nll = lse - logit[target]; both 0 where the target is `ignore`.
 // With `gradient`, the logits become d(nll + z_weight lse²)/d(product), the product being the logit before the cap.
 void cross_entropy(
@@ -163,19 +180,7 @@ void cross_entropy(
                 if (gradient) memset(row, 0, width * sizeof(float));
                 continue;
             }
-            vf peak = splat(-INFINITY);
-            EACH(j, width) {
-                long left = width - j;
-                vf x = load_part(row + j, left);
-                if (softcap > 0) {
-                    vf t = hyperbolic_tangent(x / softcap);
-                    x = t * softcap;
-                    store_part(row + j, x, left);
-                    if (slope) store_part(slope + j, 1.0f - t * t, left);
-                }
-                peak = larger(keep(x, left, -INFINITY), peak);
-            }
-            float top = max_lanes(peak), chosen = row[targets[i]];
+            float top = cap_and_peak(row, width, softcap, slope), chosen = row[targets[i]];
             vf sums = {0};
             EACH(j, width) {
                 long left = width - j;
@@ -193,5 +198,50 @@ void cross_entropy(
             if (slope) EACH(j, width) store_part(row + j, load_part(row + j, width - j) * load_part(slope + j, width - j), width - j);
         }
         free(slope);
+    }
+}
+
+// A shard of the vocabulary, logits[rows, width] of the columns `first` …: lse of the shard's (capped) logits, and the
+// target's logit, 0 where another shard has it; both 0 where the target is `ignore`.
+void shard_sums(
+    int threads, long rows, long width, long first, float *logits, const int64_t *targets, int64_t ignore, float softcap,
+    float *lse, float *chosen) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < rows; i++) {
+        float *row = logits + i * width;
+        long column = targets[i] - first;
+        lse[i] = chosen[i] = 0;
+        if (targets[i] == ignore) continue;
+        float top = cap_and_peak(row, width, softcap, NULL);
+        vf sums = {0};
+        EACH(j, width) sums += keep(exponential(load_part(row + j, width - j) - top), width - j, 0);
+        lse[i] = top + logf(sum_lanes(sums));
+        if (column >= 0 && column < width) chosen[i] = row[column];
+    }
+}
+
+// The logits that `shard_sums` left become d(nll_weight nll + z_weight lse²)/d(product), with lse of all shards.
+void shard_gradient(
+    int threads, long rows, long width, long first, float *logits, const int64_t *targets, int64_t ignore, float softcap,
+    float nll_weight, float z_weight, const float *lse) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < rows; i++) {
+        float *row = logits + i * width;
+        long column = targets[i] - first;
+        if (targets[i] == ignore) {
+            memset(row, 0, width * sizeof(float));
+            continue;
+        }
+        float factor = nll_weight + 2.0f * z_weight * lse[i], pull = 0;
+        if (column >= 0 && column < width) {
+            float t = softcap > 0 ? row[column] / softcap : 0;
+            pull = nll_weight * (1.0f - t * t);
+        }
+        EACH(j, width) {
+            vf x = load_part(row + j, width - j), grad = exponential(x - lse[i]) * factor;
+            vf t = softcap > 0 ? x / softcap : (vf){0};
+            store_part(row + j, grad * (1.0f - t * t), width - j);
+        }
+        if (pull) row[column] -= pull;
     }
 }
