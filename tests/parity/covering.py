@@ -1,0 +1,70 @@
+"""Which layouts the fast matrix trains: few, but any two values of different axes meet in one of them.
+
+Pairwise covering: greedy over all legal layouts of 2 and 4 ranks with tasks drawn for each, most new pairs for its
+cost first. Chosen cases are the same everywhere: nothing is random but from a fixed seed.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from itertools import combinations
+
+from tests.parity.layouts import MODELS, OPTIMIZERS, Layout, Task, all_layouts, legal
+
+Case = tuple[Layout, Task]
+DRAWN = 6
+"""Tasks drawn for each layout."""
+COST = {2: 0.7, 4: 1.2}
+
+
+def values(case: Case) -> dict[str, str]:
+    """axis -> value, of the axes that a case has."""
+    layout, task = case
+    found = {axis: f"{getattr(layout, axis)}" for axis in ("dp", "tp", "cp", "pp") if getattr(layout, axis) > 1}
+    found |= {"sp": f"{layout.sp} {layout.overlap}"} if layout.tp > 1 else {}
+    found |= {"cp_kind": layout.cp_kind} if layout.cp > 1 else {}
+    found |= {"schedule": layout.schedule} if layout.pp > 1 else {}
+    found |= {"zero": str(layout.zero)} if layout.dp * layout.cp > 1 else {}
+    task_axes = ("model", "optim", "packed", "recompute", "offload", "bucket_mb", "deterministic")
+    return found | {axis: str(getattr(task, axis)) for axis in task_axes}
+
+
+def pairs(case: Case) -> frozenset[tuple[tuple[str, str], ...]]:
+    """What a case covers: each value, and each two of them; what is trained is not crossed with itself or a schedule,
+    whose ops know nothing of it."""
+    task_axes = {field.name for field in fields(Task)}
+    found = sorted(values(case).items())
+    return frozenset(
+        pair
+        for size in (1, 2)
+        for pair in combinations(found, size)
+        if size == 1 or not all(axis in task_axes or axis == "schedule" for axis, _ in pair)
+    )
+
+
+def candidates() -> Iterator[Case]:
+    draw = random.Random(1)
+    for world in COST:
+        for layout in all_layouts(world):
+            for number in range(DRAWN):
+                task = Task(
+                    model=draw.choice(list(MODELS)), optim=draw.choice(list(OPTIMIZERS)), steps=2,
+                    packed=draw.random() < 0.7, recompute=draw.choice(["none", "activation", "selective", "full"]),
+                    recompute_layers=1, offload=draw.random() < 0.2, bucket_mb=draw.choice([0.0005, 0.002, 1.0]),
+                    deterministic=draw.choice(["true", "true", "layout"]),
+                )  # fmt: skip
+                case = layout, task if number else Task(steps=1)
+                if legal(*case):
+                    yield case
+
+
+def covering(first: Sequence[Case]) -> list[Case]:
+    """`first` and what it takes to cover every pair that any candidate has."""
+    pool = {case: pairs(case) for case in candidates()}
+    missing = frozenset[tuple[tuple[str, str], ...]]().union(*pool.values()) - frozenset().union(*map(pairs, first))
+    chosen = list(first)
+    while missing:
+        best = max(pool, key=lambda case: len(pool[case] & missing) / COST[case[0].world])
+        chosen.append(best)
+        missing -= pool[best]
+    return chosen
