@@ -142,11 +142,13 @@ class Mesh:
     def _make(self, ranks: list[int]) -> None:
         """Only the members of a group meet to make it, for stages of a pipeline may ask for different ones. torch names
         such a group by its ranks and the number of groups made before, which must be the same on all members: hence the
-        usual groups are made together, in one order.
+        usual groups are made together, in one order. Unsorted, for a rank's place in its group must be its `index`.
         """
         if len(ranks) > 1 and tuple(ranks) not in self._groups:
             whole = ranks == list(range(self.world_size))
-            made = dist.group.WORLD if whole else dist.new_group(ranks, use_local_synchronization=True)
+            made = (
+                dist.group.WORLD if whole else dist.new_group(ranks, use_local_synchronization=True, sort_ranks=False)
+            )
             assert made is not None
             self._groups[tuple(ranks)] = made
 

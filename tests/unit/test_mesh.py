@@ -68,6 +68,24 @@ def test_collectives_run_over_their_axis_and_are_recorded() -> None:
         assert dp.site.startswith("test_mesh.py:")
 
 
+def places(order: tuple[str, ...], shard_ranks: int) -> dict[tuple[str, ...], list[int]]:
+    """Every rank's place along some axes, in the order in which a gather over them brings it."""
+    world = world_from_environment()
+    join(world)
+    comm = Communicator(Mesh({"pp": 1, "dp": 2, "cp": 2, "tp": 1}, world.rank, order=order, shard_ranks=shard_ranks))
+    chosen = (("dp", "cp"), ("shard",), ("copy",), ("dp", "cp", "tp"))
+    return {axes: comm.all_gather(torch.tensor([comm.mesh.index(*axes)]), *axes).tolist() for axes in chosen}
+
+
+@pytest.mark.parametrize("shard_ranks", [0, 2])
+@pytest.mark.parametrize("order", [AXES, ("pp", "cp", "dp", "tp"), ("tp", "cp", "dp", "pp")])
+def test_a_gather_has_the_order_of_the_axes_however_they_lie_over_the_ranks(
+    order: tuple[str, ...], shard_ranks: int
+) -> None:
+    for seen in run_ranks(4, places, order, shard_ranks):
+        assert all(found == list(range(len(found))) for found in seen.values()), seen
+
+
 def test_world_of_a_plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
