@@ -73,7 +73,7 @@ class Optimizer:
             if main.dtype != weight.dtype:
                 self._copies.append((weight, main))
         by_rule: dict[Rule, list[Slot]] = {}
-        for slot in gradients.slots():
+        for slot in gradients.slots:
             by_rule.setdefault(rule_for(slot.declared.role, optim), []).append(slot)
         self.rules = [self._build(rule, slots, gradients) for rule, slots in by_rule.items()]
         self._make_state()

@@ -131,7 +131,8 @@ class Gradients:
     model's weights. `zero`: 0, 1 or 2; with 1 the replicas share out the sums, with 2 also what accumulates. Reduction
     is over the axes of each parameter's placement. Buckets are launched strictly in order, so every rank issues the
     same collectives whatever its autograd graph does. On an ordered communicator every microbatch is added in global
-    order onto the sum, so that no bit depends on dp, on `bucket_bytes` or on `zero`.
+    order onto the sum, so that no bit depends on dp, on `bucket_bytes` or on `zero`. `slots`: every parameter of this
+    rank, in definition order.
     """
 
     def __init__(
@@ -144,6 +145,8 @@ class Gradients:
         self.buckets = make_buckets(chunks, comm.mesh, bucket_bytes / dtype.itemsize, zero)
         self._buffers = [_Buffer(bucket, dtype, comm, zero) for bucket in self.buckets]
         self._slots = {s.parameter: (buffer, s) for buffer in self._buffers for s in buffer.bucket.slots}
+        in_order = dict.fromkeys(p for chunk in self.chunks for p in chunk.parameters())
+        self.slots = [self._slots[parameter][1] for parameter in in_order]
         self._queues: list[list[_Buffer]] = [[] for _ in chunks]
         self._flying: list[_Buffer] = []
         self._chunk: int | None = None  # whose backward runs
@@ -168,10 +171,6 @@ class Gradients:
         buffer, slot = self._slots[parameter]
         return buffer.gathered()[slot.start : slot.stop].view_as(parameter)
 
-    def slots(self) -> list[Slot]:
-        """Every parameter of this rank, in definition order."""
-        return [self._slots[p][1] for p in dict.fromkeys(p for chunk in self.chunks for p in chunk.parameters())]
-
     def pieces(self) -> list[Piece]:
         """What this rank updates, in definition order."""
         found = {}
@@ -183,7 +182,7 @@ class Gradients:
                 if not bucket.sharded:
                     gradient = gradient.view_as(slot.parameter)
                 found[slot] = Piece(slot, bucket, low - slot.start, high - slot.start, gradient)
-        return [found[slot] for slot in self.slots() if slot in found]
+        return [found[slot] for slot in self.slots if slot in found]
 
     def kept_bytes(self) -> int:
         """Memory that gradients take all the time; ZeRO 2 has more of it in passing."""
@@ -228,7 +227,8 @@ class Gradients:
 
     def _arrived(self, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
-        assert gradient is not None
+        if gradient is None:
+            return  # torch tells also of a gradient that backward leaves out: W brings it later
         if gradient is self._in_place.get(parameter):
             self._count(self._slots[parameter][0], parameter)
         else:
@@ -281,7 +281,7 @@ class Gradients:
             norms.update(zip(slots, torch._foreach_norm(values) if values else (), strict=True))
         squares = torch.zeros((), dtype=torch.float64, device=self._buffers[0].shard.device)
         if norms:
-            in_order = [norms[slot] for slot in self.slots() if slot in norms]
+            in_order = [norms[slot] for slot in self.slots if slot in norms]
             squares += torch.stack(in_order).double().square().sum()
         self.comm.all_reduce(squares, *AXES)
         return squares.sqrt()
