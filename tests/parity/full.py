@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.parity.layouts import BOUNDS, MODELS, Layout, Task, all_layouts, alone, errors, legal, results
+from tests.parity.layouts import BOUNDS, MODELS, Layout, Task, all_layouts, alone, errors, legal, trained
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 WORLDS = (2, 4, 8)
-BATCH = 6
+PROGRESS = 10
 SAMPLED = 5
 """One layout of so many also trains each of the other models."""
 QUANTITIES = ("loss", "gradients", "norm", "weights, SGD", "weights, AdamW", "weights, Muon")
@@ -79,49 +79,31 @@ def known() -> dict[str, dict[str, Any]]:
     return {entry["case"]: entry for entry in map(json.loads, lines)}
 
 
-def measure(batch: list[tuple[Layout, Task]]) -> list[dict[str, Any]]:
-    """An entry for each case; where a batch fails as a whole, each is tried alone."""
-    try:
-        found = results(batch, timeout=120.0 * len(batch))
-    except AssertionError as failure:
-        if len(batch) > 1:
-            return [entry for case in batch for entry in measure([case])]
-        return [{"case": name_of(*batch[0]), "failed": str(failure)[-600:]}]
-    return [_entry(layout, task, ranks) for (layout, task), ranks in zip(batch, found, strict=True)]
-
-
-def _entry(layout: Layout, task: Task, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def measure(layout: Layout, task: Task) -> dict[str, Any]:
+    """A case's errors, or how it failed."""
     entry: dict[str, Any] = {"case": name_of(layout, task)}
     try:
-        found = errors(ranks, alone(layout, task))
+        found = errors(trained(layout, task), alone(layout, task))
     except AssertionError as failure:
         return entry | {"failed": str(failure)[-600:]}
     return entry | {kind: float(f"{error:.1e}") for kind, error in found.items()}
 
 
 def run(chosen: list[tuple[Layout, Task]], version: str) -> None:
-    """Measure what is not known yet, a line of progress a batch."""
+    """Measure what is not known yet, telling progress."""
     have = {case for case, entry in known().items() if entry["sources"] == version and "failed" not in entry}
     todo = [case for case in chosen if name_of(*case) not in have]
     print(f"{len(chosen)} cases, {len(chosen) - len(todo)} known", flush=True)
     started = time.monotonic()
-    done = 0
-    for batch in _batches(todo):
-        entries = measure(batch)
-        with RESULTS.open("a") as file:  # one write a batch: slices may append to the same file
-            file.write("".join(json.dumps(entry | {"sources": version}) + "\n" for entry in entries))
-        done += len(batch)
-        left = (time.monotonic() - started) / done * (len(todo) - done)
-        print(f"{done}/{len(todo)}, {left / 60:.1f} min left, last {entries[-1]['case']}", flush=True)
-        for entry in entries:
-            if not _right(entry):
-                print(f"  WRONG {json.dumps(entry)}", flush=True)
-
-
-def _batches(todo: list[tuple[Layout, Task]]) -> Iterator[list[tuple[Layout, Task]]]:
-    for world in sorted({layout.world for layout, _ in todo}):
-        of_world = [case for case in todo if case[0].world == world]
-        yield from (of_world[first : first + BATCH] for first in range(0, len(of_world), BATCH))
+    for done, case in enumerate(todo, 1):
+        entry = measure(*case) | {"sources": version}
+        with RESULTS.open("a") as file:  # one write a case: slices may append to the same file
+            file.write(json.dumps(entry) + "\n")
+        if not _right(entry):
+            print(f"WRONG {json.dumps(entry)}", flush=True)
+        if done % PROGRESS == 0 or done == len(todo):
+            left = (time.monotonic() - started) / done * (len(todo) - done)
+            print(f"{done}/{len(todo)}, {left / 60:.1f} min left, last {entry['case']}", flush=True)
 
 
 def _right(entry: dict[str, Any]) -> bool:

@@ -1,0 +1,88 @@
+"""The fast matrix: a covering choice of layouts against one process, in float64.
+
+Loss and norm of every step, every whole gradient, every weight at the end. `python -m tests.parity.full` takes every
+layout there is. Then what must agree to the last bit.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parity import mutations_of_steps  # noqa: F401  registers its faults
+from tests.parity.covering import candidates, covering, pairs
+from tests.parity.layouts import BOUNDS, SCHEDULES, Layout, Task, alone, errors, joined, legal, trained
+from tests.parity.mutations import MUTATIONS
+
+PARTS = 12
+EIGHT = [
+    (Layout(dp=2, tp=2, sp=True, pp=2, chunks=2, schedule="interleaved", zero=1), Task(optim="adamw", steps=2)),
+    (Layout(cp=2, tp=2, pp=2, chunks=2, schedule="zbv", zero=2), Task(steps=2)),
+    (Layout(dp=2, cp=2, cp_kind="ulysses", pp=2, zero=3, order="tp,pp,cp,dp"), Task(optim="adamw", steps=2)),
+    (Layout(dp=4, cp=2, zero=3, shard_ranks=4), Task(steps=2)),
+]
+FAULTY = list(dict.fromkeys((mutation.layout, mutation.task) for mutation in MUTATIONS.values()))
+CASES = [*covering(FAULTY), *EIGHT]
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_same_as_one_process(part: int) -> None:
+    for case in CASES[part::PARTS]:
+        found = errors(trained(*case), alone(*case))
+        assert all(found[kind] <= bound for kind, bound in BOUNDS.items()), f"{case}: {found}"
+
+
+def test_any_two_values_of_different_axes_meet() -> None:
+    met = frozenset().union(*map(pairs, CASES))
+    wanted = frozenset().union(*map(pairs, candidates()))
+    assert wanted <= met
+    assert len(wanted) > 500
+    assert {("schedule", name) for name, _ in SCHEDULES} <= {pair[0] for pair in met if len(pair) == 1}
+
+
+SAME_BITS = [
+    ("recompute", Layout(dp=2), [Task(recompute=mode) for mode in ("none", "activation", "selective", "full")]),
+    ("recompute under sp", Layout(tp=2, sp=True), [Task(recompute=mode) for mode in ("none", "selective", "full")]),
+    ("recompute in the ring", Layout(cp=2), [Task(recompute=mode) for mode in ("none", "full")]),
+    ("every second layer", Layout(dp=2), [Task(recompute="full", recompute_layers=n) for n in (1, 2)]),
+    ("offload", Layout(tp=2), [Task(offload=on) for on in (False, True)]),
+    # Over two ranks a sum has one order; from three on, gloo's order depends on where a tensor lies in its bucket.
+    ("bucket sizes over two ranks", Layout(dp=2), [Task(bucket_mb=size) for size in (0.0001, 0.002, 1.0)]),
+    ("bucket sizes", Layout(dp=4), [Task(bucket_mb=size, deterministic="layout") for size in (1e-4, 1.0)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "layout", "tasks"), SAME_BITS)
+def test_same_bits(what: str, layout: Layout, tasks: list[Task]) -> None:
+    first, *others = [trained(layout, replace(task, steps=2)) for task in tasks]
+    for task, ranks in zip(tasks[1:], others, strict=True):
+        assert_same_bits(first, ranks, f"{what}: {task}")
+
+
+def assert_same_bits(one: list[dict[str, Any]], other: list[dict[str, Any]], what: str) -> None:
+    for kind in ("gradients", "weights"):
+        mine, theirs = joined(one, kind), joined(other, kind)
+        different = [name for name, tensor in theirs.items() if not np.array_equal(mine[name], tensor)]
+        assert not different, f"{what}: {kind} differ in {different}"
+
+
+@pytest.mark.parametrize("model", ["tied", "gpt2"])
+def test_schedules_give_the_same_bits(model: str) -> None:
+    """Each stage adds up its microbatches in one order whatever the schedule, and stages of two ranks are added in one
+    order. Between numbers of chunks too: where the layers are cut changes no sum inside a layer."""
+    jobs = [
+        (Layout(pp=2, chunks=chunks, schedule=schedule), Task(model, steps=2, layers=4))
+        for schedule, chunks in SCHEDULES
+    ]
+    jobs = [job for job in jobs if legal(*job)]
+    first, *others = [trained(*job) for job in jobs]
+    for (layout, _), ranks in zip(jobs[1:], others, strict=True):
+        assert_same_bits(first, ranks, str(layout))
+
+
+def test_zero_gives_the_same_bits_over_two_ranks() -> None:
+    """0, 1 and 3 add up microbatches first, then ranks; 2 adds ranks up after each microbatch, another order."""
+    jobs = [(Layout(dp=2, zero=zero), Task(optim="sgd", steps=2)) for zero in (0, 1)]
+    first, second = [trained(*job) for job in jobs]
+    assert_same_bits(first, second, "zero 1")
