@@ -66,6 +66,7 @@ def vocabulary_parallel_cross_entropy(
     *,
     first: int,
     vocab: int,
+    shards: int,
     combine: Combine,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -74,7 +75,8 @@ def vocabulary_parallel_cross_entropy(
     """`linear_cross_entropy` where this process holds the rows first … of a weight of `vocab` rows: both sums are those
     of the whole vocabulary, the same on every rank. The gradient of hidden is this shard's term of a sum over ranks.
 
-    `combine` is called for every chunk of rows and communicates two numbers a row; the logits stay where they are.
+    `combine` is called for every chunk of rows and communicates two numbers a row; the logits stay where they are. The
+    `shards` processes take the same chunks, also where a vocabulary that does not divide gives some a row more.
     Raises ValueError when the weight is not a shard: replicated logits would be off by the log of the ranks.
     """
     _check(hidden_ND, weight_VD, targets_N)
@@ -84,7 +86,7 @@ def vocabulary_parallel_cross_entropy(
             " which is no shard of it; give this rank's rows, or use linear_cross_entropy for a whole weight"
         )
     result: tuple[Tensor, Tensor] = _VocabularyParallel.apply(
-        hidden_ND, weight_VD, targets_N, first, vocab, combine, float(z_loss), softcap or 0.0, ignore_index,
+        hidden_ND, weight_VD, targets_N, first, vocab, shards, combine, float(z_loss), softcap or 0.0, ignore_index,
         torch.is_grad_enabled(),
     )  # fmt: skip
     return result
@@ -95,15 +97,15 @@ class _VocabularyParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, first: int, vocab: int, combine: Combine,
-        z_weight: float, softcap: float, ignore_index: int, differentiated: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, first: int, vocab: int, shards: int,
+        combine: Combine, z_weight: float, softcap: float, ignore_index: int, differentiated: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         _check_range(targets, vocab, ignore_index)
         ctx.constants, ctx.z_weight = (softcap, ignore_index), z_weight
-        ctx.shard = (first, combine)
+        ctx.shard = (first, combine, -(-vocab // shards))
         wanted = [differentiated and needed for needed in ctx.needs_input_grad[:2]]
         nll_sum, z_sum, grad_hidden, grad_weight = _pass(
-            hidden, weight, targets, 1.0, z_weight, softcap, ignore_index, wanted[0], wanted[1], first, combine
+            hidden, weight, targets, 1.0, z_weight, softcap, ignore_index, wanted[0], wanted[1], *ctx.shard
         )
         if any(wanted):
             ctx.save_for_backward(hidden, weight, targets, grad_hidden, grad_weight)
@@ -120,7 +122,7 @@ class _VocabularyParallel(torch.autograd.Function):
                 hidden, weight, targets, *upstream, *ctx.constants, *wanted, *ctx.shard
             )
         grads = ((grad_hidden * factor).to(hidden.dtype), (grad_weight * factor).to(weight.dtype))
-        return grads[0] if wanted[0] else None, grads[1] if wanted[1] else None, *([None] * 8)
+        return grads[0] if wanted[0] else None, grads[1] if wanted[1] else None, *([None] * 9)
 
 
 def _check_range(targets_N: Tensor, vocab: int, ignore_index: int) -> None:
@@ -145,8 +147,10 @@ def chunked(
 def _pass(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, nll_weight: float, z_weight: float, softcap: float,
     ignore_index: int, hidden_grad: bool, weight_grad: bool, first: int = 0, combine: Combine | None = None,
+    widest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`chunked`, for a whole weight or, with `combine`, for the shard that begins at row `first`."""
+    """`chunked`, for a whole weight or, with `combine`, for the shard that begins at row `first`; the `widest`
+    of all shards decides the chunks."""
     rows, width = hidden_ND.shape
     vocab = weight_VD.shape[0]
     wide = accumulation_dtype(hidden_ND.dtype)
@@ -155,7 +159,7 @@ def _pass(
     weight = weight_VD.to(product)
     grad_hidden = hidden_ND.new_empty((rows if hidden_grad else 0, width), dtype=wide)
     grad_weight = hidden_ND.new_zeros((vocab if weight_grad else 0, width), dtype=wide)
-    size = min(rows, max(16, CHUNK_LOGITS // vocab))
+    size = min(rows, max(16, CHUNK_LOGITS // (widest or vocab)))
     buffer = hidden_ND.new_empty((size, vocab), dtype=product)
     nll_sum, z_sum = (hidden_ND.new_zeros((), dtype=wide) for _ in range(2))
     for start in range(0, rows, max(size, 1)):

@@ -13,10 +13,14 @@ from megalite_kernels import embedding, linear_cross_entropy, vocabulary_paralle
 from torch import Tensor
 
 from megalite.comm import Communicator
+from megalite.errors import RunError
 from megalite.mesh import AXES, Mesh
 from megalite.parallel.collectives import gather_for_parts, scatter_sum, split, sum_backward, sum_forward
 from megalite.parallel.overlap import gathered_products
 from megalite.parallel.parameter import part
+
+ROUNDING = 1e-6
+"""Relative; ranks that compute the same may add in another order on some hardware."""
 
 
 class TensorParallel:
@@ -35,6 +39,7 @@ class TensorParallel:
         """
         if self.sp:
             return gather_for_parts(x, self.comm, "tp")
+        self._must_be_replicated("the residual stream where it enters split weights", x)
         return sum_backward(x, self.comm, "tp")
 
     def columns(self, x: Tensor, linears: Sequence[Any]) -> list[Tensor]:
@@ -84,15 +89,31 @@ class TensorParallel:
         hidden_NE = self.enter(x).flatten(0, -2)
         if self.size == 1:
             return linear_cross_entropy(hidden_NE, weight_VE, targets_N, z_loss=z_loss, softcap=softcap)
+        self._must_be_replicated("the targets of the loss", targets_N)
         first, _ = part(vocab, self.size, self.index)
-        return vocabulary_parallel_cross_entropy(
+        losses = vocabulary_parallel_cross_entropy(
             hidden_NE, weight_VE, targets_N,
-            first=first, vocab=vocab, combine=self._combine, z_loss=z_loss, softcap=softcap,
+            first=first, vocab=vocab, shards=self.size, combine=self._combine, z_loss=z_loss, softcap=softcap,
         )  # fmt: skip
+        self._must_be_replicated("the loss", *losses)
+        return losses
 
     def _combine(self, lse_N: Tensor, chosen_N: Tensor) -> tuple[Tensor, Tensor]:
         everyone = self.comm.all_gather(torch.stack([lse_N, chosen_N])[None], "tp")
         return torch.logsumexp(everyone[:, 0], dim=0), everyone[:, 1].sum(0)
+
+    def _must_be_replicated(self, what: str, *tensors: Tensor) -> None:
+        """RunError, where the communicator checks, if the ranks' sums of a tensor differ by more than rounding."""
+        if not self.comm.check or self.size == 1:
+            return
+        wide = [tensor.detach().double() for tensor in tensors]
+        sums = torch.stack([total for x in wide for total in (x.sum(), x.abs().sum())])
+        extremes = torch.stack([sums, -sums])
+        self.comm.all_reduce(extremes, "tp", op="max")
+        if not (extremes.sum(0) <= ROUNDING * extremes[0].abs().max()).all():
+            error = RunError(f"tensor parallelism: {what} must be the same on all tp ranks and is not (parallel.check)")
+            error.on_every_rank = True
+            raise error
 
 
 ALONE = TensorParallel(Communicator(Mesh(dict.fromkeys(AXES, 1))))
