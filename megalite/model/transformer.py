@@ -83,6 +83,7 @@ class Transformer(nn.Module):
     def stage(self, layers: Iterable[int], first: bool, last: bool) -> "Transformer":
         """The part of this model with those blocks, sharing its modules. A tied embedding is part of both ends."""
         kept = copy.copy(self)
+        nn.Module.__init__(kept)  # hooks of its own: shared, one stage's would run, and gather, for another
         kept.first, kept.last = first, last
         ends = {"embedding": first or (last and self.config.tied_embeddings), "positions": first}
         ends |= {"final_norm": last, "head": last, "blocks": True}

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megalite.checkpoint.stored_model import empty_model
 from megalite.config.schema import ModelConfig, RecomputeConfig, RopeConfig
-from megalite.model.parallelize import apply_compile, apply_recompute
 from megalite.model.cache import KVCache
+from megalite.model.parallelize import apply_compile, apply_recompute
 from megalite.model.transformer import Transformer, document_positions
 from megalite.parallel.parameter import declaration, declared_parameters, materialize
 
@@ -225,3 +225,12 @@ def test_compile_computes_the_same() -> None:
     compiled: dict[str, Any] = gradients(model)
     for name in kept:
         torch.testing.assert_close(compiled[name], kept[name], rtol=1e-9, atol=1e-10)
+
+
+def test_stages_of_a_model_share_modules_but_no_hooks() -> None:
+    with torch.device("meta"):
+        model = Transformer(SMALL, VOCAB, LENGTH)
+    first, last = model.stage([0], True, False), model.stage([1], False, True)
+    first.register_forward_pre_hook(lambda *_: None)
+    assert first._forward_pre_hooks and not last._forward_pre_hooks and not model._forward_pre_hooks
+    assert first.blocks["0"] is model.blocks["0"]
