@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megalite.comm import Communicator
-from megalite.data.batch import Batch
+from megalite.data.batch import NOT_COUNTED, Batch
 from megalite.mesh import AXES
 from megalite.model.transformer import Losses
 
@@ -42,14 +42,14 @@ def evaluate(
     totals = torch.zeros(3, dtype=torch.float64)
     for first in range(0, end, stride):
         start = first + mesh.index("dp") * micro_batch
-        mine = start < end
-        # A rank without samples of its own still computes: with sharded weights every forward pass is a collective.
-        batch = validation.batch(range(start, min(start + micro_batch, end)) if mine else range(first, first + 1))
+        # Whole batches, the last filled up with what is not counted: sequence parallelism divides a batch's tokens.
+        # A rank without samples left computes too: with sharded weights every forward pass is a collective.
+        batch = validation.batch([min(sample, end - 1) for sample in range(start, start + micro_batch)])
+        batch.targets[max(0, end - start) :] = NOT_COUNTED
         nll = losses_of(batch.to(device)).nll_sum.item()
         targets = batch.targets[batch.targets >= 0]
         seen = [nll * speaks, targets.numel() * counts, token_bytes[targets].sum().item() * counts]
-        if mine:
-            totals += torch.tensor(seen, dtype=torch.float64)
+        totals += torch.tensor(seen, dtype=torch.float64)
     comm.all_reduce(totals, *AXES)
     nll, tokens, text_bytes = totals.tolist()
     bits_per_byte = nll / math.log(2) / text_bytes if text_bytes else None
