@@ -7,8 +7,8 @@ parallelism 4 sequences of 512 a rank; under tensor and context parallelism all 
 microbatches of one. Forward, backward, clip, AdamW. The engines of a row and our one process (2,048 tokens a step) take
 turns, so a slow minute of the machine hits all of them. Printed: tokens/s (median and range over the rounds); the
 speed-up over our one process; ours over PyTorch's of the same round; CPU milliseconds a token; peak memory of all
-ranks; and the loss of the first step, which is one number for all of ours and another for all of PyTorch's, whose
-initial weights differ from ours. PyTorch's ring attention has no CPU kernels, so the rows cp have no peer here.
+ranks; and the loss of the first step: over two ranks one number for all of ours, and another for all of PyTorch's,
+whose initial weights differ from ours. PyTorch's ring attention has no CPU kernels, so the row cp has no peer here.
 """
 
 import json
