@@ -88,7 +88,7 @@ class _Step:
 
     def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], tokens: float) -> None:
         self.pipeline, self.batches, self.tokens = pipeline, batches, tokens
-        self.sums = torch.zeros(len(batches), 2, dtype=torch.float64)
+        self.sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=batches[0].tokens.device)
         self.entered: dict[tuple[int, int], Tensor] = {}  # a stage's input, until its gradient is out
         self.left: dict[tuple[int, int], Tensor] = {}  # its output or loss, until backward
         self.gradient: dict[tuple[int, int], Tensor] = {}  # of its output
@@ -121,7 +121,7 @@ class _Step:
         x = self.entered.get(at)
         if stage.last:
             losses = stage.loss(batch.tokens, batch.targets, batch.documents, z_loss=pipeline.z_loss, x=x)
-            self.sums[microbatch] = torch.stack(losses).detach().double().cpu()
+            self.sums[microbatch] = torch.stack(losses).detach()  # stays on its device: no wait in the middle of a step
             self.left[at] = (losses.nll_sum + pipeline.z_loss * losses.z_sum) / self.tokens
             return
         self.left[at] = stage(batch.tokens, batch.documents, x=x)
@@ -134,6 +134,7 @@ class _Step:
         self.remaining[number] -= 1
         if not pipeline.stages[number].last:
             self._wait(Kind.RECV_B, *at)
+            self._wait(Kind.SEND_F, *at)  # over, since its gradient has come; lets go of the output
         if deferred is not None:
             deferred.waiting = microbatch if at in pipeline.halves else None
         last, whole = self.remaining[number] == 0, at not in pipeline.halves
@@ -166,6 +167,8 @@ class _Step:
 
     def _send_backward(self, number: int, microbatch: int) -> None:
         place, gradient = self.pipeline.schedule.placement[number - 1], self.entered.pop((number, microbatch))
+        # Lets go of gradients long sent: as many as 1f1b keeps activations may be on their way.
+        self._wait(Kind.SEND_B, number, microbatch - self.pipeline.schedule.pp)
         self.handles[Kind.SEND_B, number, microbatch] = self.pipeline.comm.send(gradient, "pp", place)
 
     def _receive_backward(self, number: int, microbatch: int) -> None:
