@@ -2,9 +2,10 @@
 ranks while the backward pass still runs. Gradients are sums; the loss is divided by the global token count before.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakMethod
 
 import torch
 from torch import nn
@@ -17,6 +18,18 @@ REPLICATED_OVER = ("dp", "cp")
 """Mesh axes whose ranks hold the same parameters but see different tokens."""
 IN_FLIGHT = 2
 """Reduce-scatters under way at once, where each holds a whole bucket that is otherwise not kept."""
+
+
+def unowned(method: Callable[..., None]) -> Callable[..., None]:
+    """`method` while its object lives: torch's own hold on a hook would keep that, and its process groups, for ever."""
+    reference = WeakMethod(method)
+
+    def call(*arguments: object) -> None:
+        found = reference()
+        if found is not None:
+            found(*arguments)
+
+    return call
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +168,7 @@ class Gradients:
         for parameter, (buffer, slot) in self._slots.items():
             if parameter.dtype == dtype and not buffer.streams:
                 parameter.grad = self._in_place[parameter] = buffer.view(slot)
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+            parameter.register_post_accumulate_grad_hook(unowned(self._arrived))
         self.zero()
 
     def of(self, parameter: nn.Parameter) -> torch.Tensor:

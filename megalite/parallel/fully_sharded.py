@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from megalite.comm import Communicator
 from megalite.mesh import Mesh
-from megalite.parallel.data import Gradients, Piece
+from megalite.parallel.data import Gradients, Piece, unowned
 from megalite.parallel.parameter import Placement, attach, declaration, initial_values, local, placement
 from megalite.precision import Precision
 
@@ -98,7 +98,7 @@ class ShardedGradients(Gradients):
         self._rows = {whole: of.rows[name] for of in weights for name, whole in of.sharded.items()}
         for sharded, rows in self._rows.items():
             sharded.grad = _like(sharded, self.of(sharded))
-            sharded.register_post_accumulate_grad_hook(partial(self._reduced, rows))
+            sharded.register_post_accumulate_grad_hook(partial(unowned(self._reduced), rows))
 
     def of(self, parameter: nn.Parameter) -> torch.Tensor:
         return super().of(self._rows[parameter])
