@@ -10,7 +10,7 @@ export OMP_NUM_THREADS = 1
 BIN = $(VENV)/bin
 SETUP = $(VENV)/.installed
 
-.PHONY: setup train test lint docs bench clean
+.PHONY: setup train test lint docs bench parity clean
 
 setup: $(SETUP)
 
@@ -37,6 +37,10 @@ docs: $(SETUP)
 bench: $(SETUP)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
+
+# Every layout of 2, 4 and 8 ranks, and docs/parity.md; goes on where it stopped. ARGS="--world 8 --slice 1/4"
+parity: $(SETUP)
+	$(BIN)/python -m tests.parity.full $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
