@@ -16,8 +16,9 @@ import torch.distributed as dist
 AXES = ("pp", "dp", "cp", "tp")
 EXPERT_AXES = ("edp", "ep", "etp")
 REPLICA_AXES = ("copy", "shard")
-USUAL_GROUPS = (("pp",), ("dp",), ("cp",), ("tp",), ("ring",), ("ulysses",), ("dp", "cp"))
-"""What the engine communicates over, besides the whole world; with experts, over their axes too."""
+USUAL_GROUPS = (("pp",), ("dp",), ("cp",), ("tp",), ("ring",), ("ulysses",), ("dp", "cp"), ("dp", "cp", "tp"))
+"""What the engine communicates over, besides the whole world; with experts, over their axes too. The last is Muon's,
+and here because a stage without layers has no matrices and would not make it."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """The mesh against a brute-force reading of its definition, for every factorisation of small worlds."""
 
 from itertools import combinations, product
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megalite.comm import Call, Communicator
 from megalite.mesh import AXES, Mesh
@@ -84,6 +86,20 @@ def test_a_gather_has_the_order_of_the_axes_however_they_lie_over_the_ranks(
 ) -> None:
     for seen in run_ranks(4, places, order, shard_ranks):
         assert all(found == list(range(len(found))) for found in seen.values()), seen
+
+
+def test_stages_that_communicate_over_less_have_made_as_many_groups() -> None:
+    """torch names a group by its ranks and the number of groups before, so the members of one must agree on both: here
+    of a tied embedding's, where the first stage has no layers and so no matrices that Muon would gather."""
+    made: dict[int, list[list[int]]] = {0: [], 8: []}
+    for rank, groups in made.items():
+        mesh = Mesh({"pp": 3, "dp": 2, "cp": 1, "tp": 2}, rank)
+        with patch.object(dist, "new_group", lambda ranks, groups=groups, **_: groups.append(ranks) or ranks):
+            if rank == 8:
+                mesh.group("dp", "cp", "tp")
+            mesh.group("pp", places=[0, 2])
+    assert made[0][-1] == made[8][-1] == [0, 8]
+    assert len(made[0]) == len(made[8])
 
 
 def test_world_of_a_plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
