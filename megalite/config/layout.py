@@ -168,7 +168,10 @@ def copies_divide_the_replicas(job: Job) -> Iterator[str]:
         )
 
 
-@RULES.reads("parallel.engine", "parallel.offload", "parallel.zero", "train.deterministic", "parallel.sp", *INNER)
+@RULES.reads(
+    *("parallel.engine", "parallel.offload", "parallel.zero", "train.deterministic", "precision.name", "optim.name"),
+    *INNER,
+)
 def deepspeed_spreads_data_alone(job: Job) -> Iterator[str]:
     parallel = job.config.parallel
     if parallel.engine == "deepspeed":
@@ -178,6 +181,12 @@ def deepspeed_spreads_data_alone(job: Job) -> Iterator[str]:
                 yield f"parallel.{axis}={value}: parallel.engine=deepspeed spreads data alone; legal: 1"
         if job.config.train.deterministic == "layout":
             yield "train.deterministic=layout: not with parallel.engine=deepspeed, it adds in its own order; set true"
+        if parallel.zero == 0:
+            yield "parallel.zero=0: parallel.engine=deepspeed shards at least the optimizer; legal: 1, 2, 3"
+        if job.config.precision.name == "fp64":
+            yield "precision=fp64: parallel.engine=deepspeed has none; legal: fp32, bf16; or parallel.engine=megalite"
+        if job.config.optim.name == "muon":
+            yield "optim.name=muon: not with parallel.engine=deepspeed; legal: adamw, sgd; or parallel.engine=megalite"
     if parallel.offload and (parallel.engine != "deepspeed" or parallel.zero == 0):
         yield "parallel.offload=true: needs parallel.engine=deepspeed and parallel.zero=1, 2 or 3; or set false"
 

@@ -17,6 +17,7 @@ from megalite.mesh import Mesh
 from megalite.model.parallelize import parallelize
 from megalite.model.size import flops_per_token, parameter_counts
 from megalite.model.transformer import Transformer
+from megalite.optim.optimizer import Optimizer
 from megalite.parallel.data import Gradients
 from megalite.parallel.parameter import materialize, placement
 from megalite.pipeline import schedule
@@ -102,7 +103,7 @@ def make_stages(
 
 def shards_weights(config: Config, mesh: Mesh) -> bool:
     """Whether the replicas share out the weights; one alone, or each with a copy of its own, has nothing to share."""
-    return config.parallel.zero == 3 and mesh.size("shard") > 1
+    return config.parallel.zero == 3 and config.parallel.engine == "megalite" and mesh.size("shard") > 1
 
 
 def layers_of_stages(
@@ -121,6 +122,10 @@ def make_gradients(
     config: Config, comm: Communicator, stages: Sequence[Transformer], precision: Precision
 ) -> Gradients:
     zero, bucket_bytes = config.parallel.zero, config.parallel.bucket_mb * 2**20
+    if config.parallel.engine == "deepspeed":
+        from megalite.train.deepspeed_engine import DeepSpeedGradients
+
+        return DeepSpeedGradients(stages[0], comm, config, precision)
     if shards_weights(config, comm.mesh):
         from megalite.parallel.fully_sharded import ShardedGradients
 
@@ -148,6 +153,15 @@ def describe_layout(config: Config, mesh: Mesh, made: schedule.Schedule) -> str:
     axes = [f"{axis} {size}{notes[axis]}" for axis, size in mesh.sizes.items() if size > 1]
     sharing = [f"zero {parallel.zero}"] if parallel.zero else []
     return " ".join(axes + sharing) or "one process"
+
+
+def make_optimizer(config: Config, stages: Sequence[Transformer], gradients: Gradients) -> Optimizer:
+    if config.parallel.engine == "deepspeed":
+        from megalite.train.deepspeed_engine import DeepSpeedGradients, DeepSpeedOptimizer
+
+        assert isinstance(gradients, DeepSpeedGradients)
+        return DeepSpeedOptimizer(gradients, config.optim, config.train.steps)
+    return Optimizer(stages, gradients, config.optim, config.train.steps)
 
 
 def run_facts(

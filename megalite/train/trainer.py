@@ -19,7 +19,6 @@ from megalite.config.schema import Config
 from megalite.errors import RunError
 from megalite.mesh import AXES
 from megalite.model.transformer import Transformer
-from megalite.optim.optimizer import Optimizer
 from megalite.pipeline.runtime import Pipeline
 from megalite.precision import choose_precision
 from megalite.train import build
@@ -72,7 +71,7 @@ class Trainer:
         self.stages = build.make_stages(config, self.comm, self.vocab, schedule.placement, self.precision, self.device)
         self.gradients = build.make_gradients(config, self.comm, self.stages, self.precision)
         self.pipeline = Pipeline(self.stages, schedule, self.comm, self.gradients, config.train.z_loss)
-        self.optimizer = Optimizer(self.stages, self.gradients, config.optim, config.train.steps)
+        self.optimizer = build.make_optimizer(config, self.stages, self.gradients)
         self.store = CheckpointStore(self.run_dir / "checkpoints", self.comm, config.checkpoint.keep)
         state_bytes = self.optimizer.state_bytes()
         if config.checkpoint.final or config.checkpoint.every:

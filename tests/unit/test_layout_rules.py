@@ -205,10 +205,20 @@ CASES: list[Case] = [
         ["parallel.shard_ranks=5: does not divide the 12 ranks of dp 6 x cp 2", "nearest: 3, 4, 6"],
         [{"shard_ranks": 3}, {"shard_ranks": 0}],
     ),
-    ({"tp": 2, "engine": "deepspeed"}, None, ["parallel.tp=2: parallel.engine=deepspeed", "legal: 1"], [{"tp": 1}]),
-    ({"pp": 2, "engine": "deepspeed"}, None, ["parallel.pp=2: parallel.engine=deepspeed"], [{"engine": "megalite"}]),
     (
-        {"engine": "deepspeed", "deterministic": "layout"},
+        {"tp": 2, "engine": "deepspeed", "zero": 1},
+        None,
+        ["parallel.tp=2: parallel.engine=deepspeed", "legal: 1"],
+        [{"tp": 1}],
+    ),
+    (
+        {"pp": 2, "engine": "deepspeed", "zero": 1},
+        None,
+        ["parallel.pp=2: parallel.engine=deepspeed"],
+        [{"engine": "megalite"}],
+    ),
+    (
+        {"engine": "deepspeed", "zero": 1, "deterministic": "layout"},
         None,
         ["train.deterministic=layout: not with parallel.engine=deepspeed"],
         [{"deterministic": "true"}, {"engine": "megalite"}],
@@ -240,7 +250,7 @@ def test_every_rule_can_fail() -> None:
 
 
 def test_two_mistakes_two_lines() -> None:
-    lines = violations(changed(tp=4, engine="deepspeed", ep=2, schedule="none", global_batch=7), 6)
+    lines = violations(changed(tp=4, engine="deepspeed", zero=1, ep=2, schedule="none", global_batch=7), 6)
     keys = [line.split("=")[0] for line in lines]
     assert keys == ["parallel.tp", "parallel.ep", "parallel.tp", "parallel.tp", "parallel.schedule"]
     assert "batch" not in " ".join(lines), "what is left for dp is not known, so nothing is said about the batch"
