@@ -12,7 +12,7 @@ import pytest
 
 from tests.parity import mutations_of_steps  # noqa: F401  registers its faults
 from tests.parity.covering import candidates, covering, pairs
-from tests.parity.layouts import BOUNDS, SCHEDULES, Layout, Task, alone, errors, joined, legal, trained
+from tests.parity.layouts import BOUNDS, SCHEDULES, Layout, Task, alone, errors, joined, trained
 from tests.parity.mutations import MUTATIONS
 
 PARTS = 12
@@ -67,15 +67,21 @@ def assert_same_bits(one: list[dict[str, Any]], other: list[dict[str, Any]], wha
         assert not different, f"{what}: {kind} differ in {different}"
 
 
-@pytest.mark.parametrize("model", ["tied", "gpt2"])
-def test_schedules_give_the_same_bits(model: str) -> None:
-    """Each stage adds up its microbatches in one order whatever the schedule, and stages of two ranks are added in one
-    order. Between numbers of chunks too: where the layers are cut changes no sum inside a layer."""
+V_SHAPED = ("zbv", "v_half", "dualpipev")
+
+
+@pytest.mark.parametrize(("model", "schedules"), [
+    ("untied", SCHEDULES),
+    # Under a V one rank has both ends: the two uses of a tied embedding add to one gradient as they come.
+    ("tied", [of for of in SCHEDULES if of[0] not in V_SHAPED]),
+])  # fmt: skip
+def test_schedules_give_the_same_bits(model: str, schedules: list[tuple[str, int]]) -> None:
+    """Each stage adds up its microbatches in one order whatever the schedule, and where the layers are cut changes no
+    sum inside a layer."""
     jobs = [
         (Layout(pp=2, chunks=chunks, schedule=schedule), Task(model, steps=2, layers=4))
-        for schedule, chunks in SCHEDULES
+        for schedule, chunks in schedules
     ]
-    jobs = [job for job in jobs if legal(*job)]
     first, *others = [trained(*job) for job in jobs]
     for (layout, _), ranks in zip(jobs[1:], others, strict=True):
         assert_same_bits(first, ranks, str(layout))
