@@ -156,6 +156,8 @@ class DeepSpeedOptimizer(Optimizer):
         utils = self.gradients.deepspeed.utils
         for name, parameter, _ in self.gradients.parameters:
             utils.safe_set_full_fp32_param(parameter, _whole(tensors[f"model.{name}"]))
+            with self.gradients.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(_whole(tensors[f"model.{name}"]))  # what the model computes with
             for key in self.moments:
                 utils.safe_set_full_optimizer_state(parameter, _whole(tensors[f"optim.{name}.{key}"]), key)
             for state in self.states if "step" in self.states[0] else ():
