@@ -53,7 +53,8 @@ class Pipeline:
 
     def shortened(self, microbatches: int) -> "Pipeline":
         """The same stages with fewer microbatches, for one rank along pp."""
-        schedule = make_schedule("1f1b", 1, 1, microbatches)
+        chunks = len(self.stages)
+        schedule = make_schedule("1f1b" if chunks == 1 else "interleaved", 1, chunks, microbatches)
         return Pipeline(list(self.stages.values()), lower(schedule), self.comm, self.gradients, self.z_loss)
 
     @torch.no_grad()
