@@ -72,7 +72,9 @@ def make_buckets(chunks: Sequence[nn.Module], mesh: Mesh, elements: float, zero:
     filling: dict[_Kind, list[Slot]] = {}
     for name, parameter, declared in reversed(list(declared_parameters(chunks))):
         placed = placement(parameter)
-        kind = (users[parameter], placed.replicas, placed.partial, placed.tied, parameter.dtype)
+        # What all tp ranks hold lies alike on them, or their sums over the replicas could round differently.
+        alike = mesh.size("tp") > 1 and "tp" not in declared.shard
+        kind = (users[parameter], placed.replicas, placed.partial, placed.tied, alike, parameter.dtype)
         slots = filling.setdefault(kind, [])
         slots.append(Slot(name, parameter, declared, placed, _aligned(slots[-1].stop) if slots else 0))
         if slots[-1].stop >= elements:
@@ -80,7 +82,7 @@ def make_buckets(chunks: Sequence[nn.Module], mesh: Mesh, elements: float, zero:
     return buckets + [Bucket(kind[0], slots, mesh, zero) for kind, slots in filling.items()]
 
 
-_Kind = tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...], tuple[int, ...], torch.dtype]
+_Kind = tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...], tuple[int, ...], bool, torch.dtype]
 
 
 def _aligned(elements: int) -> int:

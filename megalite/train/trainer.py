@@ -113,9 +113,10 @@ class Trainer:
         """
         started = time.perf_counter()
         step = self.step + 1
-        microbatches = self._microbatches(step)
+        read = self._microbatches(step)
+        valid = torch.tensor([sum(int((batch.targets >= 0).sum()) for batch in read)], dtype=torch.float64)
+        microbatches = [batch.to(self.device) for batch in read]
         data_s = time.perf_counter() - started
-        valid = torch.tensor([sum(int((m.targets >= 0).sum()) for m in microbatches)], dtype=torch.float64)
         self.comm.all_reduce(valid, "dp")
         tokens = max(valid.item(), 1.0)
 
@@ -174,11 +175,11 @@ class Trainer:
         return nll_sum, z_sum, bool(totals[-1] > 0)
 
     def _microbatches(self, step: int) -> list[Any]:
-        """This rank's microbatches of `step`. Sample numbers depend on step and layout-free order alone."""
+        """This rank's microbatches of `step`, on the host. Their samples depend on step and layout-free order alone."""
         micro, ranks = self.config.train.micro_batch, self.mesh.size("dp")
         first = (step - 1) * self.config.train.global_batch + self.mesh.index("dp") * micro
         starts = range(first, step * self.config.train.global_batch, micro * ranks)
-        return [self.data.train.batch(range(start, start + micro)).to(self.device) for start in starts]
+        return [self.data.train.batch(range(start, start + micro)) for start in starts]
 
     def _begin(self, ends: ExitStack) -> None:
         """Dry run, the record of this start, and the observers; `ends` will call each on_end, whatever happens."""
@@ -201,7 +202,7 @@ class Trainer:
     def _dry_run(self) -> float:
         """A throw-away microbatch, twice (of a pipeline: a step): memory and shape errors come now. Returns predicted
         seconds a step."""
-        batches = self._microbatches(1)
+        batches = [batch.to(self.device) for batch in self._microbatches(1)]
         whole = self.mesh.size("pp") > 1  # every rank must play its part
         rehearsed = self.pipeline if whole else self.pipeline.shortened(1)
         batches = batches if whole else batches[:1]

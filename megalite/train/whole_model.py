@@ -10,6 +10,7 @@ from megalite.mesh import AXES
 from megalite.model.transformer import Transformer
 from megalite.parallel.boxes import Held
 from megalite.parallel.parameter import declared_parameters, materialize
+from megalite.precision import choose_precision
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def gathered_model(
     if comm.mesh.rank == 0:
         materialize(model, device, config.train.seed, dtype)
     parameters = dict(model.named_parameters())
-    wide = next(iter(weights.values())).dtype
+    wide = choose_precision(config.precision.name, device).main
     for name, shape in declared:
         whole = torch.full(shape, -torch.inf, dtype=wide, device=device)
         held = weights.get(f"model.{name}")
