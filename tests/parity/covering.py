@@ -6,14 +6,15 @@ cost first. Chosen cases are the same everywhere: nothing is random but from a f
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import combinations
 
 from tests.parity.layouts import MODELS, OPTIMIZERS, Layout, Task, all_layouts, legal
 
 Case = tuple[Layout, Task]
 DRAWN = 6
-"""Tasks drawn for each layout."""
+"""Tasks for each layout: a plain one, and drawn ones."""
+PLAIN = Task(steps=1, micro=2)
 COST = {2: 0.7, 4: 1.2}
 
 
@@ -25,7 +26,7 @@ def values(case: Case) -> dict[str, str]:
     found |= {"cp_kind": layout.cp_kind} if layout.cp > 1 else {}
     found |= {"schedule": layout.schedule} if layout.pp > 1 else {}
     found |= {"zero": str(layout.zero)} if layout.dp * layout.cp > 1 else {}
-    task_axes = ("model", "optim", "packed", "recompute", "offload", "bucket_mb", "deterministic")
+    task_axes = ("model", "optim", "packed", "micro", "recompute", "offload", "bucket_mb", "deterministic")
     return found | {axis: str(getattr(task, axis)) for axis in task_axes}
 
 
@@ -51,11 +52,12 @@ def candidates() -> Iterator[Case]:
                     model=draw.choice(list(MODELS)), optim=draw.choice(list(OPTIMIZERS)), steps=2,
                     packed=draw.random() < 0.7, recompute=draw.choice(["none", "activation", "selective", "full"]),
                     recompute_layers=1, offload=draw.random() < 0.2, bucket_mb=draw.choice([0.0005, 0.002, 1.0]),
-                    deterministic=draw.choice(["true", "true", "layout"]),
+                    deterministic=draw.choice(["true", "true", "layout"]), micro=draw.choice([1, 2]),
                 )  # fmt: skip
-                case = layout, task if number else Task(steps=1)
-                if legal(*case):
-                    yield case
+                for case in [(layout, task)] if number else [(layout, PLAIN), (layout, replace(PLAIN, micro=1))]:
+                    if legal(*case):
+                        yield case
+                        break
 
 
 def covering(first: Sequence[Case]) -> list[Case]:

@@ -84,13 +84,14 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained besides the layout. `packed`: several documents a row."""
+    """What is trained besides the layout. `packed`: several documents a row. `micro`: rows of a microbatch."""
 
     model: str = "tied"
     optim: str = "sgd"
     steps: int = 5
     layers: int = 0
     packed: bool = True
+    micro: int = 1
     z_loss: float = 0.01
     recompute: str = "activation"
     recompute_layers: int = 1
@@ -110,7 +111,7 @@ def configuration(layout: Layout, task: Task) -> Config:
     config.model = replace(MODELS[task.model], vocab=VOCAB, init_std=0.2, layers=layers)
     config.optim = replace(OPTIMIZERS[task.optim])
     config.data.sequence_length = SEQUENCE
-    config.train.micro_batch, config.train.global_batch, config.train.z_loss = 1, SAMPLES, task.z_loss
+    config.train.micro_batch, config.train.global_batch, config.train.z_loss = task.micro, SAMPLES, task.z_loss
     config.train.steps, config.train.seed, config.train.deterministic = task.steps, 3, task.deterministic
     config.recompute.mode, config.recompute.layers = task.recompute, task.recompute_layers
     config.recompute.offload, config.precision.name = task.offload, task.precision
@@ -129,13 +130,13 @@ def global_batch(step: int, packed: bool) -> Batch:
     return Batch(tokens, targets, documents if packed else None)
 
 
-def microbatches(batch: Batch, mesh: Mesh) -> list[Batch]:
-    """Microbatches of one sample: sample n belongs to dp rank n modulo dp, as the trainer shares them out."""
-    mine = range(mesh.index("dp"), SAMPLES, mesh.size("dp"))
-    return [
-        Batch(*(None if x is None else x[n : n + 1] for x in (batch.tokens, batch.targets, batch.documents)))  # type: ignore[arg-type]
-        for n in mine
-    ]
+def microbatches(batch: Batch, mesh: Mesh, micro: int = 1) -> list[Batch]:
+    """Microbatch n belongs to dp rank n modulo dp, as the trainer shares them out."""
+    parts = (None if x is None else x.split(micro) for x in (batch.tokens, batch.targets, batch.documents))
+    tokens, targets, documents = (None if x is None else x[mesh.index("dp") :: mesh.size("dp")] for x in parts)
+    assert tokens is not None
+    assert targets is not None
+    return [Batch(*of) for of in zip(tokens, targets, documents or [None] * len(tokens), strict=True)]
 
 
 def train(layout: Layout, task: Task) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
         batch = global_batch(step, task.packed)
         valid = float((batch.targets >= 0).sum())
         gradients.zero()
-        sums = pipeline.train(microbatches(batch, comm.mesh), valid)
+        sums = pipeline.train(microbatches(batch, comm.mesh, task.micro), valid)
         gradients.finish()
         norm = gradients.global_norm().item()
         if step == 1:
@@ -199,7 +200,7 @@ def _one_process(task: Task) -> dict[str, Any]:
 def alone(layout: Layout, task: Task) -> dict[str, Any]:
     """One process with as many layers as `layout` has, and what does not matter there at its default."""
     layers = configuration(layout, task).model.layers
-    return _one_process(replace(task, layers=layers, bucket_mb=Task.bucket_mb, check=False))
+    return _one_process(replace(task, layers=layers, bucket_mb=Task.bucket_mb, check=False, micro=1))
 
 
 def parts(stages: list[Any], value: Callable[[Any], torch.Tensor]) -> dict[str, tuple[Any, ...]]:
