@@ -92,8 +92,10 @@ def measure(layout: Layout, task: Task) -> dict[str, Any]:
 
 def run(chosen: list[tuple[Layout, Task]], version: str) -> None:
     """Measure what is not known yet, telling progress."""
-    have = {case for case, entry in known().items() if entry["sources"] == version and "failed" not in entry}
+    entries = known()
+    have = {case for case, entry in entries.items() if entry["sources"] == version and "failed" not in entry}
     todo = [case for case in chosen if name_of(*case) not in have]
+    todo.sort(key=lambda case: name_of(*case) in entries)  # what other sources gave is better than nothing
     print(f"{len(chosen)} cases, {len(chosen) - len(todo)} known", flush=True)
     started = time.monotonic()
     for done, case in enumerate(todo, 1):
