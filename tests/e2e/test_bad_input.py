@@ -83,7 +83,7 @@ def test_configuration(mistake: str, megalite: Megalite, folder: Path) -> None:
 
 
 def test_several_mistakes_are_several_lines(megalite: Megalite, folder: Path) -> None:
-    answer = megalite("train", "train.global_batch=10", "model.heads=7", "parallel.zero=2")
+    answer = megalite("train", "train.global_batch=10", "model.heads=7", "parallel.sp=true")
     assert (answer.code, answer.err.count("\n")) == (2, 3)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from megalite.config.schema import ModelConfig
 from megalite.model import embedding
 from megalite.model.transformer import Transformer
+from megalite.parallel import tensor
 from megalite.parallel.parameter import materialize
 
 BOUND = 2e-2
@@ -70,7 +71,8 @@ def test_every_gradient_is_as_exact_as_bf16_allows(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_bound_catches_a_sum_in_bf16(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "embedding", F.embedding)
+    for user in (embedding, tensor):  # learned positions, and tokens
+        monkeypatch.setattr(user, "embedding", F.embedding)
     found = errors(model(**CASES[case]), documents=case == "learned positions")
     tables = [name for name in found if name in ("embedding.weight", "positions.weight")]
     assert min(found[name] for name in tables) > 1.5 * BOUND, found
