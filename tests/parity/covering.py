@@ -12,7 +12,8 @@ from itertools import combinations
 from tests.parity.layouts import MODELS, OPTIMIZERS, Layout, Task, all_layouts, legal
 
 Case = tuple[Layout, Task]
-DRAWN = 6
+SIZES = ("dp", "tp", "cp", "pp")
+DRAWN = 12
 """Tasks for each layout: a plain one, and drawn ones."""
 PLAIN = Task(steps=1, micro=2)
 COST = {2: 0.7, 4: 1.2}
@@ -21,7 +22,7 @@ COST = {2: 0.7, 4: 1.2}
 def values(case: Case) -> dict[str, str]:
     """axis -> value, of the axes that a case has."""
     layout, task = case
-    found = {axis: f"{getattr(layout, axis)}" for axis in ("dp", "tp", "cp", "pp") if getattr(layout, axis) > 1}
+    found = {axis: f"{getattr(layout, axis)}" for axis in SIZES if getattr(layout, axis) > 1}
     found |= {"sp": f"{layout.sp} {layout.overlap}"} if layout.tp > 1 else {}
     found |= {"cp_kind": layout.cp_kind} if layout.cp > 1 else {}
     found |= {"schedule": layout.schedule} if layout.pp > 1 else {}
@@ -31,16 +32,16 @@ def values(case: Case) -> dict[str, str]:
 
 
 def pairs(case: Case) -> frozenset[tuple[tuple[str, str], ...]]:
-    """What a case covers: each value, and each two of them; what is trained is not crossed with itself or a schedule,
-    whose ops know nothing of it."""
-    task_axes = {field.name for field in fields(Task)}
-    found = sorted(values(case).items())
-    return frozenset(
-        pair
-        for size in (1, 2)
-        for pair in combinations(found, size)
-        if size == 1 or not all(axis in task_axes or axis == "schedule" for axis, _ in pair)
-    )
+    """What a case covers: each value, and each two of different axes. What is trained is not crossed with itself, nor
+    with a schedule, whose ops know nothing of it; and with an axis that is spread, not with how far it is."""
+    found, task_axes = sorted(values(case).items()), {field.name for field in fields(Task)}
+    covered: set[tuple[tuple[str, str], ...]] = {(value,) for value in found}
+    for two in combinations(found, 2):
+        trained = [axis in task_axes for axis, _ in two]
+        if any(trained) and (all(trained) or any(axis == "schedule" for axis, _ in two)):
+            continue
+        covered.add(tuple((axis, "several" if any(trained) and axis in SIZES else value) for axis, value in two))
+    return frozenset(covered)
 
 
 def candidates() -> Iterator[Case]:
@@ -49,10 +50,10 @@ def candidates() -> Iterator[Case]:
         for layout in all_layouts(world):
             for number in range(DRAWN):
                 task = Task(
-                    model=draw.choice(list(MODELS)), optim=draw.choice(list(OPTIMIZERS)), steps=2,
+                    model=draw.choice(list(MODELS)), optim=draw.choice(list(OPTIMIZERS)), steps=draw.choice([1, 1, 2]),
                     packed=draw.random() < 0.7, recompute=draw.choice(["none", "activation", "selective", "full"]),
                     recompute_layers=1, offload=draw.random() < 0.2, bucket_mb=draw.choice([0.0005, 0.002, 1.0]),
-                    deterministic=draw.choice(["true", "true", "layout"]), micro=draw.choice([1, 2]),
+                    deterministic=draw.choice(["true", "true", "layout"]), micro=draw.choice([1, 2, 2, 2]),
                 )  # fmt: skip
                 for case in [(layout, task)] if number else [(layout, PLAIN), (layout, replace(PLAIN, micro=1))]:
                     if legal(*case):
