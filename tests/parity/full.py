@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ key biases, which softmax ignores) is measured against 1e-6 of the largest tenso
 
 
 def cases(world: int) -> Iterator[tuple[Layout, Task]]:
-    """Every layout with SGD and AdamW on the tied model; the other models, plain rows and Muon on some of them."""
+    """Every layout with SGD and AdamW on the tied model; the other models, one document a row,
+    two rows a microbatch and Muon on some of them."""
     others = [model for model in MODELS if model != "tied"]
     for number, layout in enumerate(all_layouts(world)):
         yield layout, Task(optim="sgd")
@@ -51,13 +53,15 @@ def cases(world: int) -> Iterator[tuple[Layout, Task]]:
         extra = [
             Task(model, "adamw", packed=number % 2 == 0) for n, model in enumerate(others) if number % SAMPLED == n
         ]
-        if number % SAMPLED == len(others):
+        if number % SAMPLED == len(others) and layout.zero < 3:
             extra = [Task("untied", "muon")]
-        yield from ((layout, task) for task in extra if legal(layout, task))
+        for task in extra:
+            yield layout, next(of for of in (replace(task, micro=2), task) if legal(layout, of))
 
 
 def name_of(layout: Layout, task: Task) -> str:
-    return f"{layout} | {task.model} {task.optim}{'' if task.packed else ' plain'}"
+    rows = "" if task.micro == 1 else f" micro {task.micro}"
+    return f"{layout} | {task.model} {task.optim}{'' if task.packed else ' plain'}{rows}"
 
 
 def sources() -> str:
