@@ -30,7 +30,7 @@ setup(
     package_data={
         "megalite": ["py.typed"],
         "megalite.configs": ["*.yaml", "*/*.yaml"],
-        "megalite_kernels": ["**/*.c", "**/*.h", "py.typed"],
+        "megalite_kernels": ["**/*.c", "**/*.h", "**/*.json", "py.typed"],
     },
     install_requires=[
         "torch>=2.13",
@@ -41,13 +41,13 @@ setup(
         "rich>=13",
         "pyarrow>=15",
         "zstandard>=0.22",
+        "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.18"],
         "flash-attn": ["flash-attn>=2.8"],
         "wandb": ["wandb>=0.20"],
         "tensorboard": ["tensorboard>=2.15"],
-        "triton": ["triton>=3.3; platform_system == 'Linux'"],
         "hf": ["transformers>=5"],
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "import-linter"],

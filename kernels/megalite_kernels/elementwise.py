@@ -1,4 +1,4 @@
-"""Norms, gated activations and rotary positions: one pass over memory each way where the CPU kernels run.
+"""Gated activations and rotary positions: one pass over memory each way where the CPU kernels run.
 
 Under torch.compile the reference formulas are traced instead: Inductor fuses them with their neighbours.
 """
@@ -14,35 +14,6 @@ from megalite_kernels import native, reference
 
 def _fast(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and native.usable(*tensors)
-
-
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float, zero_centered: bool = False) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · w over the last dim, w = weight or 1 + weight (arXiv:1910.07467)."""
-    if _fast(x, weight_D) and weight_D.dim() == 1 and weight_D.shape == x.shape[-1:]:
-        y: Tensor = _RMSNorm.apply(x, weight_D, eps, zero_centered)
-        return y
-    return reference.rms_norm(x, weight_D, eps, zero_centered)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, zero_centered: bool) -> Tensor:
-        x, weight_D = x.contiguous(), weight_D.contiguous()
-        y, scale_N = native.rms_norm_forward(x, weight_D, eps, zero_centered)
-        ctx.save_for_backward(x, weight_D, scale_N)
-        ctx.zero_centered = zero_centered
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_D, scale_N = ctx.saved_tensors
-        grads = native.rms_norm_backward(x, weight_D, scale_N, grad_y.contiguous(), ctx.zero_centered)
-        return *grads, None, None
-
-
-def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
-    """PyTorch's own kernel, which already accumulates half precision in float32."""
-    return F.layer_norm(x, x.shape[-1:], weight_D, bias_D, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,0 +1,176 @@
+"""Which implementation of an op runs, and why not the others.
+
+Each op lists its backends in order of preference; each backend says what keeps it from a request. `auto` takes the
+first that nothing keeps back; a backend asked for by name runs or is refused with its reason. The decision depends on
+device, chip, dtype and the features asked for, never on a tensor's values, and is made once for each such request.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from megalite_kernels.build import library
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is installed: package -> version. Tests give their own."""
+
+    packages: tuple[tuple[str, str], ...]
+    compiled: str | None
+    """Why the CPU kernels in C do not run; None when they do."""
+
+    def version_of(self, package: str) -> str | None:
+        return dict(self.packages).get(package)
+
+
+PACKAGES = {
+    "triton": "triton",
+    "flash-attn": "flash_attn",
+    "flash-attn-3": "flash_attn_3",
+    "flash-attn-4": "flash_attn",
+}
+"""Distribution -> what it lets one import."""
+
+
+@functools.cache
+def this_machine() -> Machine:
+    found = {}
+    for package, module in PACKAGES.items():
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
+            continue
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    built = library()
+    return Machine(tuple(found.items()), None if built.functions is not None else built.reason)
+
+
+@dataclass(frozen=True)
+class Request:
+    """An op to run. `chip`: of the GPU, "" on a CPU. `features`: what of the op is asked for, as (name, value)."""
+
+    op: str
+    device: str
+    chip: str
+    dtype: torch.dtype
+    features: tuple[tuple[str, Any], ...] = ()
+
+    def feature(self, name: str, default: Any = None) -> Any:
+        return dict(self.features).get(name, default)
+
+
+Obstacle = Callable[[Request, Machine], str | None]
+"""Why a backend cannot take a request, in a few words; None: it can."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`cannot` holds always; `would_not` only when nobody asked for this backend by name."""
+
+    name: str
+    cannot: Obstacle
+    would_not: Obstacle = field(default=lambda request, machine: None)
+
+
+@dataclass(frozen=True)
+class Decision:
+    backend: str
+    rejected: tuple[tuple[str, str], ...]
+    """The backends before it, and what kept each back."""
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"not {name}: {reason}" for name, reason in self.rejected)
+        return f"{self.backend}{f' ({reasons})' if reasons else ''}"
+
+
+def decide(backends: tuple[Backend, ...], request: Request, machine: Machine, wanted: str = "auto") -> Decision:
+    """Raises ValueError for a backend that does not exist or cannot take the request."""
+    if wanted != "auto":
+        named = {backend.name: backend for backend in backends}
+        if wanted not in named:
+            raise ValueError(f"{request.op}: no backend {wanted!r}; there are auto, {', '.join(named)}")
+        obstacle = named[wanted].cannot(request, machine)
+        if obstacle:
+            raise ValueError(f"{request.op}: backend {wanted!r} cannot run this: {obstacle}")
+        return Decision(wanted, ())
+    rejected: list[tuple[str, str]] = []
+    for backend in backends:
+        obstacle = backend.cannot(request, machine) or backend.would_not(request, machine)
+        if obstacle is None:
+            return Decision(backend.name, tuple(rejected))
+        rejected.append((backend.name, obstacle))
+    raise ValueError(f"{request.op}: no backend can run this: {'; '.join(f'{n}: {why}' for n, why in rejected)}")
+
+
+def no_triton(request: Request, machine: Machine) -> str | None:
+    """What keeps any Triton kernel back. Each op's own limits come on top."""
+    found = machine.version_of("triton")
+    if found is None:
+        return "Triton is not installed (pip install triton; Linux only)"
+    if tuple(int(part) for part in found.split(".")[:2]) < (3, 6):
+        return f"Triton {found} is older than 3.6"
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels are for float32, bf16 and fp16, not {str(request.dtype).removeprefix('torch.')}"
+    if request.device not in ("cuda", "cpu"):
+        return f"no kernels for {request.device}"
+    return None
+
+
+def interpreted(request: Request, machine: Machine) -> str | None:
+    """Kernels on the CPU run program by program in an interpreter: for tests, never by themselves."""
+    return "on a CPU Triton is only interpreted" if request.device == "cpu" else None
+
+
+def no_c_kernels(request: Request, machine: Machine) -> str | None:
+    """What keeps the C kernels of the CPU back."""
+    if request.device != "cpu":
+        return "the C kernels are for CPUs"
+    if request.dtype not in (torch.float32, torch.bfloat16):
+        return f"the C kernels are for float32 and bf16, not {str(request.dtype).removeprefix('torch.')}"
+    return machine.compiled
+
+
+def never(request: Request, machine: Machine) -> str | None:
+    return None
+
+
+TRITON = Backend("triton", no_triton, interpreted)
+NATIVE = Backend("native", no_c_kernels)
+REFERENCE = Backend("reference", never)
+
+ROWS = (TRITON, NATIVE, REFERENCE)
+"""Ops on rows: norms, gated activations, rotary positions."""
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, wanted: str, device: str, dtype: torch.dtype, features: tuple[tuple[str, Any], ...] = ()) -> str:
+    """The backend for tensors of `dtype` on `device`; see `decide`."""
+    return _decided(op, wanted, device, dtype, features).backend
+
+
+@functools.cache
+def _decided(op: str, wanted: str, device: str, dtype: torch.dtype, features: tuple[tuple[str, Any], ...]) -> Decision:
+    return decide(backends_of(op), Request(op, device, chip_name(device), dtype, features), this_machine(), wanted)
+
+
+def chip_name(device: str) -> str:
+    if device != "cuda":
+        return ""
+    from megalite_kernels.gpu.chips import chip_of
+
+    return chip_of(torch.device(device)).name
+
+
+def backends_of(op: str) -> tuple[Backend, ...]:
+    return OPS[op]
+
+
+OPS: dict[str, tuple[Backend, ...]] = {"rms_norm": ROWS, "layer_norm": ROWS}
+"""Every op and its backends, the preferred one first."""

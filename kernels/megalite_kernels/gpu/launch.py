@@ -1,0 +1,57 @@
+"""The one door through which kernels start: on a GPU, in the interpreter, or only written down.
+
+Where the tensors lie decides: a GPU runs the kernel, the CPU interprets it (slowly: for tests and for reading), and
+inside `recording()` the launch is noted and nothing runs, so that what a wrapper would launch can be compiled ahead for
+a chip that is not here.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+_recorder: ContextVar["list[Launch] | None"] = ContextVar("recorder", default=None)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with every argument by name, and the compiler's options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **named: Any
+) -> None:
+    """Run kernel[grid](*arguments, **named). A grid without programs does nothing, as GPUs refuse an empty one."""
+    if not all(grid):
+        return
+    recorder = _recorder.get()
+    bound = inspect.signature(kernel.fn).bind(*arguments, **named).arguments
+    if recorder is not None:
+        recorder.append(Launch(kernel, grid, bound, num_warps, num_stages))
+    elif any(isinstance(x, Tensor) and x.device.type == "cuda" for x in bound.values()):
+        kernel[grid](**bound, num_warps=num_warps, num_stages=num_stages)
+    else:
+        from megalite_kernels.gpu.interpret import interpret
+
+        interpret(kernel, grid, bound)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Launches inside are listed, not run; tensors may be on the meta device."""
+    launches: list[Launch] = []
+    token = _recorder.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorder.reset(token)

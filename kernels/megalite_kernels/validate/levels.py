@@ -1,0 +1,134 @@
+"""The levels of evidence for one case: exact enough (E1), safe in memory (E3), compiled (E4), no more traffic (E5)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megalite_kernels.gpu.chips import Chip
+from megalite_kernels.gpu.compile import Compiled, compile_for
+from megalite_kernels.gpu.interpret import program_order, sanitizer
+from megalite_kernels.gpu.launch import recording
+from megalite_kernels.gpu.sanitize import Sanitizer
+from megalite_kernels.validate.case import Case, Outputs, Sweep
+
+
+def outputs_and_gradients(
+    op: partial[Outputs], inputs: Sequence[Tensor | None], dtype: torch.dtype, device: str = "cpu"
+) -> list[Tensor]:
+    """Every output of op(*inputs in dtype), then every float input's gradient for fixed random upstream gradients."""
+    leaves = [_leaf(x, dtype, device) for x in inputs]
+    out = op(*leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outs]
+    reached = [(o, u) for o, u in zip(outs, upstream, strict=True) if o.requires_grad]
+    if reached:
+        torch.autograd.backward([o for o, _ in reached], [u for _, u in reached])
+    wanted = [x for x in leaves if x is not None and x.requires_grad]
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted]
+    return [x.detach().cpu() for x in (*outs, *grads)]
+
+
+def _leaf(x: Tensor | None, dtype: torch.dtype, device: str) -> Tensor | None:
+    if x is None or x.dtype != torch.float64:
+        return None if x is None else x.to(device)
+    return x.detach().to(device, dtype).clone().requires_grad_()
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """The worst result of a case in one dtype: its error over what is allowed, which is 1."""
+
+    case: Case
+    dtype: torch.dtype
+    worst: float
+    which: int
+
+    @property
+    def right(self) -> bool:
+        return self.worst <= 1.0
+
+
+def exactness(case: Case, dtype: torch.dtype, device: str = "cpu") -> Exactness:
+    """E1: Triton's error against float64, allowed twice that of PyTorch in the same dtype and four roundings of the
+    largest value (a difference that is exactly 0 has the rounding of its terms)."""
+    rounded = [x.to(dtype).double() if x is not None and x.dtype == torch.float64 else x for x in case.inputs()]
+    exact = outputs_and_gradients(partial(case.call, backend="reference"), rounded, torch.float64, device)
+    plain = partial(case.plain) if case.plain else partial(case.call, backend="reference")
+    usual = outputs_and_gradients(plain, rounded, dtype, device)
+    ours = outputs_and_gradients(partial(case.call, backend="triton"), rounded, dtype, device)
+    finite = [truth[truth.isfinite()].abs().max().item() for truth in exact if truth.isfinite().any()]
+    largest, worst, which = max([1e-3, *finite]), 0.0, 0
+    for number, (our, their, truth) in enumerate(zip(ours, usual, exact, strict=True)):
+        assert our.shape == truth.shape, f"{case}: result {number} is {list(our.shape)}, not {list(truth.shape)}"
+        if not our.dtype.is_floating_point:
+            ratio = float(not torch.equal(our, truth.to(our.dtype))) * float("inf") if our.numel() else 0.0
+            ratio = 0.0 if ratio != ratio else ratio
+        else:
+            floor = 4 * torch.finfo(our.dtype).eps * largest
+            ratio = _error(our, truth) / (2 * _error(their, truth) + floor)
+        if ratio > worst:
+            worst, which = ratio, number
+    return Exactness(case, dtype, worst, which)
+
+
+def _error(x: Tensor, truth: Tensor) -> float:
+    """Largest difference; infinite where one is finite and the other not, or NaN where the other is not."""
+    x, truth = x.double(), truth.double()
+    same = (x == truth) | (x.isnan() & truth.isnan())
+    difference = torch.where(same, 0.0, (x - truth).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return difference.max().item() if difference.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Safety:
+    """E3 and E5 of a case in float32."""
+
+    case: Case
+    seen: Sanitizer
+    same_in_any_order: bool
+
+    @property
+    def right(self) -> bool:
+        return not self.seen.races and self.same_in_any_order
+
+
+def safety(case: Case) -> Safety:
+    """E3: no access out of bounds (that raises OutOfBounds), no two programs storing to one place, every output
+    written, and the same bits whatever the order of the programs.
+
+    Fresh memory is filled with NaN in the first runs and not in the last, so what no program wrote shows.
+    """
+    watch = Sanitizer()
+    run = partial(outputs_and_gradients, partial(case.call, backend="triton"), list(case.inputs()), torch.float32)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    token = sanitizer.set(watch)
+    try:
+        first = run()
+    finally:
+        sanitizer.reset(token)
+    order = program_order.set(7)
+    try:
+        second = run()
+    finally:
+        program_order.reset(order)
+        torch.use_deterministic_algorithms(deterministic)
+    third = run()
+    same = all(_same_bits(a, b) and _same_bits(a, c) for a, b, c in zip(first, second, third, strict=True))
+    return Safety(case, watch, same)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def compiled(sweep: Sweep, chip: Chip) -> list[Compiled]:
+    """E4: every kernel that the op's wrappers launch at this shape, built for `chip`."""
+    with recording() as launches:
+        sweep.run(chip)
+    assert launches, f"{sweep} launches nothing"
+    return [compile_for(launch, chip) for launch in launches]

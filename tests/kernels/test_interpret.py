@@ -1,0 +1,115 @@
+"""The interpreter's casts and sums, against PyTorch's, over every code of every narrow type; and its memory watch."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is for Linux")
+import triton.language as tl  # noqa: E402
+from megalite_kernels.gpu.interpret import sanitizer  # noqa: E402
+from megalite_kernels.gpu.launch import launch, recording  # noqa: E402
+from megalite_kernels.gpu.sanitize import OutOfBounds, Sanitizer  # noqa: E402
+
+NARROW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@triton.jit
+def _cast(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place, mask=place < size)
+    tl.store(y_ptr + place, x.to(tl.float32).to(y_ptr.dtype.element_ty), mask=place < size)
+
+
+@triton.jit
+def _double(x_ptr, y_ptr, size, SKIP: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * (BLOCK - SKIP) + tl.arange(0, BLOCK)
+    tl.store(y_ptr + place, tl.load(x_ptr + place) * 2)
+
+
+@triton.jit
+def _product(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
+    row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    a, b = tl.load(a_ptr + row * SIZE + column), tl.load(b_ptr + row * SIZE + column)
+    tl.store(c_ptr + row * SIZE + column, tl.dot(a, b))
+
+
+def _codes(dtype: torch.dtype) -> torch.Tensor:
+    if dtype.itemsize == 1:
+        return torch.arange(256, dtype=torch.uint8).view(dtype)
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = a.float(), b.float()
+    return bool(((a == b) & (a.signbit() == b.signbit()) | (a.isnan() & b.isnan())).all())
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_every_code_widens_and_comes_back(dtype: torch.dtype) -> None:
+    codes = _codes(dtype)
+    wide, back = torch.empty(len(codes)), torch.empty_like(codes)
+    launch(_cast, (triton.cdiv(len(codes), 1024),), codes, wide, len(codes), BLOCK=1024)
+    assert _same(wide, codes.float())
+    launch(_cast, (triton.cdiv(len(codes), 1024),), wide, back, len(codes), BLOCK=1024)
+    finite = codes.float().isfinite()
+    assert _same(back[finite], codes[finite])
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_narrowing_rounds_to_even_and_fp8_saturates(dtype: torch.dtype) -> None:
+    """Every midpoint between two codes, its neighbours, and random values of every magnitude."""
+    codes = _codes(dtype).float()
+    codes = codes[codes.isfinite()].unique()
+    middle = (codes[1:] + codes[:-1]) / 2
+    spread = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * codes[-1].clamp(max=1e6)
+    around = [
+        middle,
+        middle.nextafter(torch.tensor(3e38)),
+        middle.nextafter(torch.tensor(-3e38)),
+        spread,
+        -spread * 1e-4,
+    ]
+    x, largest = torch.cat([*around, torch.tensor([0.0, -0.0, float("nan")])]), torch.finfo(dtype).max
+    y = torch.empty(len(x), dtype=dtype)
+    launch(_cast, (triton.cdiv(len(x), 1024),), x, y, len(x), BLOCK=1024)
+    assert _same(y, (x.clamp(-largest, largest) if dtype.itemsize == 1 else x).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", (*NARROW, torch.float32), ids=str)
+def test_products_accumulate_in_float32(dtype: torch.dtype) -> None:
+    a, b = (torch.randn(32, 32, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
+    c = torch.empty(32, 32)
+    launch(_product, (1,), a, b, c, SIZE=32)
+    torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_watch_counts_bytes() -> None:
+    x, y = torch.ones(64), torch.empty(64)
+    token, watch = sanitizer.set(seen := Sanitizer()), seen
+    try:
+        launch(_double, (2,), x, y, 64, SKIP=0, BLOCK=32)
+    finally:
+        sanitizer.reset(token)
+    assert (watch.loaded, watch.stored, watch.races) == (256, 256, 0)
+
+
+@pytest.mark.parametrize(("held", "skip", "races"), [(63, 0, None), (64, 4, 4)])
+def test_the_watch_sees_reads_past_the_end_and_races(held: int, skip: int, races: int | None) -> None:
+    x, y = torch.ones(64)[:held], torch.empty(64)
+    token, watch = sanitizer.set(seen := Sanitizer()), seen
+    try:
+        if races is None:
+            with pytest.raises(OutOfBounds, match="load in program"):
+                launch(_double, (2,), x, y, 64, SKIP=skip, BLOCK=32)
+        else:
+            launch(_double, (2,), x, y, 64, SKIP=skip, BLOCK=32)
+            assert watch.races == races
+    finally:
+        sanitizer.reset(token)
+
+
+def test_recording_runs_nothing() -> None:
+    x, y = torch.ones(64, device="meta"), torch.zeros(64)
+    with recording() as launches:
+        launch(_double, (2,), x, y, 64, SKIP=0, BLOCK=32, num_warps=8)
+    assert [(one.grid, one.num_warps, one.arguments["BLOCK"]) for one in launches] == [((2,), 8, 32)]
+    assert not y.any()
