@@ -38,6 +38,8 @@ class Mesh:
     order: tuple[str, ...] = AXES
     shard_ranks: int = 0
     _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
+    _ranks: dict[tuple[str, ...], list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What `ranks` has answered: every send asks."""
 
     def __post_init__(self) -> None:
         assert tuple(self.sizes) == AXES, f"axes must be {AXES} in this order, not {tuple(self.sizes)}"
@@ -114,7 +116,9 @@ class Mesh:
 
     def ranks(self, *axes: str) -> list[int]:
         """The ranks of this process's group over `axes`: those that differ from it on these axes only."""
-        return self._members(_parts(axes), self.coordinates())
+        if axes not in self._ranks:
+            self._ranks[axes] = self._members(_parts(axes), self.coordinates())
+        return list(self._ranks[axes])
 
     def all_ranks(self, axes: Sequence[str]) -> list[list[int]]:
         """Every group over `axes`, in a fixed order."""

@@ -17,6 +17,8 @@ from megalite_kernels.reference import IGNORE_INDEX, accumulation_dtype
 
 CHUNK_LOGITS = 1 << 21
 """Logits of a chunk (8 MiB in float32): large enough for the product to run at full speed, small enough for caches."""
+CHUNK_ROWS = 16
+"""Rows of the smallest chunk, however large the vocabulary."""
 
 
 def linear_cross_entropy(
@@ -159,7 +161,7 @@ def _pass(
     weight = weight_VD.to(product)
     grad_hidden = hidden_ND.new_empty((rows if hidden_grad else 0, width), dtype=wide)
     grad_weight = hidden_ND.new_zeros((vocab if weight_grad else 0, width), dtype=wide)
-    size = min(rows, max(16, CHUNK_LOGITS // (widest or vocab)))
+    size = min(rows, max(CHUNK_ROWS, CHUNK_LOGITS // (widest or vocab)))
     buffer = hidden_ND.new_empty((size, vocab), dtype=product)
     nll_sum, z_sum = (hidden_ND.new_zeros((), dtype=wide) for _ in range(2))
     for start in range(0, rows, max(size, 1)):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megalite_kernels import loss
 
 from megalite.comm import Call, Communicator
 from megalite.config.rules import Job
@@ -31,6 +32,7 @@ from tests.ranks import run_ranks
 
 VOCAB, SEQUENCE, SAMPLES = 37, 16, 8
 PATIENCE_S = 120.0
+USUAL_CHUNKS = (loss.CHUNK_LOGITS, loss.CHUNK_ROWS)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Task:
     deterministic: str = "true"
     precision: str = "fp64"
     check: bool = False
+    chunk_rows: int = 0
+    """Rows of a chunk of the loss; 0: as many as the engine takes, which is all of so few."""
 
 
 def configuration(layout: Layout, task: Task) -> Config:
@@ -144,6 +148,7 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
     world = world_from_environment()
     join(world)
     config = configuration(layout, task)
+    loss.CHUNK_LOGITS, loss.CHUNK_ROWS = (0, task.chunk_rows) if task.chunk_rows else USUAL_CHUNKS
     calls: list[Call] = []
     comm = Communicator(build.make_mesh(config, world), ordered=task.deterministic == "layout", check=task.check)
     precision = PRESETS[task.precision]
@@ -200,7 +205,7 @@ def _one_process(task: Task) -> dict[str, Any]:
 def alone(layout: Layout, task: Task) -> dict[str, Any]:
     """One process with as many layers as `layout` has, and what does not matter there at its default."""
     layers = configuration(layout, task).model.layers
-    return _one_process(replace(task, layers=layers, bucket_mb=Task.bucket_mb, check=False, micro=1))
+    return _one_process(replace(task, layers=layers, bucket_mb=Task.bucket_mb, check=False, micro=1, chunk_rows=0))
 
 
 def parts(stages: list[Any], value: Callable[[Any], torch.Tensor]) -> dict[str, tuple[Any, ...]]:
