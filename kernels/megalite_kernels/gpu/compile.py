@@ -37,8 +37,9 @@ ALIGNED = [["tt.divisibility", 16]]
 class Compiled:
     """One kernel on one chip. `vector_bytes`: the widest load or store of global memory."""
 
-    kernel: str
+    sweep: str
     chip: str
+    kernel: str
     registers: int
     spill_bytes: int
     shared_bytes: int
@@ -46,10 +47,10 @@ class Compiled:
     vector_bytes: int
     opcodes: dict[str, int]
 
-    def faults(self, chip: Chip) -> list[str]:
-        """What keeps this kernel from running well there; empty when nothing does."""
+    def faults(self, chip: Chip, spills: int = 0) -> list[str]:
+        """What keeps this kernel from running well there; empty when nothing does. `spills`: bytes that may be."""
         limits = (
-            ("bytes of registers spilled", self.spill_bytes, 0),
+            ("bytes of registers spilled", self.spill_bytes, spills),
             ("registers", self.registers, chip.registers),
             ("bytes of shared memory", self.shared_bytes, chip.shared_bytes),
             ("columns of tensor memory", self.tensor_memory_columns, chip.tensor_memory_columns),
@@ -91,8 +92,8 @@ def _type(value: Any) -> str:
     return f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
 
 
-def compile_for(launch: Launch, chip: Chip) -> Compiled:
-    """Build the kernel of `launch` for `chip` and read its resources."""
+def compile_for(launch: Launch, chip: Chip, sweep: str = "") -> Compiled:
+    """Build the kernel of `launch` for `chip` and read its resources; `sweep` says for what."""
     types, constants, attributes = signature(launch)
     source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda" if isinstance(chip.target, int) else "hip", chip.target, chip.warp)
@@ -103,11 +104,11 @@ def compile_for(launch: Launch, chip: Chip) -> Compiled:
         built = triton.compile(source, target=target, options=options)
     name = launch.kernel.fn.__name__
     if isinstance(chip.target, int):
-        return _nvidia(name, chip, built, log.getvalue())
-    return _amd(name, chip, built)
+        return _nvidia(sweep, name, chip, built, log.getvalue())
+    return _amd(sweep, name, chip, built)
 
 
-def _nvidia(name: str, chip: Chip, built: Any, log: str) -> Compiled:
+def _nvidia(sweep: str, name: str, chip: Chip, built: Any, log: str) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -119,8 +120,9 @@ def _nvidia(name: str, chip: Chip, built: Any, log: str) -> Compiled:
         int(n) for n in re.findall(r"cp\.async\.c[ag]\.shared\.global.*?,\s*0x([0-9a-f]+)", built.asm["ptx"]) if n
     ]
     return Compiled(
-        kernel=name,
+        sweep=sweep,
         chip=chip.name,
+        kernel=name,
         registers=int(re.findall(r"Used (\d+) reg", log)[-1]),
         spill_bytes=int(re.findall(r"(\d+) bytes spill stores", log)[-1]),
         shared_bytes=built.metadata.shared,
@@ -130,7 +132,7 @@ def _nvidia(name: str, chip: Chip, built: Any, log: str) -> Compiled:
     )
 
 
-def _amd(name: str, chip: Chip, built: Any) -> Compiled:
+def _amd(sweep: str, name: str, chip: Chip, built: Any) -> Compiled:
     text = built.asm["amdgcn"]
 
     def number(key: str) -> int:
@@ -139,8 +141,9 @@ def _amd(name: str, chip: Chip, built: Any) -> Compiled:
     found = Counter("MFMA" for _ in re.findall(r"\bv_mfma_", text))
     widths = re.findall(r"(?:global|buffer)_(?:load|store)_(?:dwordx?(\d)?|b(\d+))", text)
     return Compiled(
-        kernel=name,
+        sweep=sweep,
         chip=chip.name,
+        kernel=name,
         registers=number("vgpr_count"),
         spill_bytes=4 * number("vgpr_spill_count"),
         shared_bytes=built.metadata.shared,

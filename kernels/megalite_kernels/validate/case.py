@@ -1,7 +1,7 @@
 """What an op must do, as data: the cases that tests run here, and validation on a GPU too."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,7 +53,12 @@ class Sweep:
     name: str
     run: Callable[[Chip], object]
     products: bool = False
-    """Whether every kernel multiplies tiles, and so must use tensor cores."""
+    """Whether the op multiplies tiles, and so must use tensor cores."""
+    spills: dict[str, int] = field(default_factory=dict)
+    """Chip -> bytes of registers that a kernel may spill there all the same: listed, not hidden."""
+    moves: Traffic | None = None
+    """Bytes and operations that the op needs at least at this shape, for its roofline."""
+    dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
         return f"{self.op}: {self.name}"

@@ -10,9 +10,9 @@ from torch import Tensor
 from megalite_kernels.gpu.chips import Chip
 from megalite_kernels.gpu.compile import Compiled, compile_for
 from megalite_kernels.gpu.interpret import program_order, sanitizer
-from megalite_kernels.gpu.launch import recording
 from megalite_kernels.gpu.sanitize import Sanitizer
 from megalite_kernels.validate.case import Case, Outputs, Sweep
+from megalite_kernels.validate.snapshot import launches
 
 
 def outputs_and_gradients(
@@ -122,13 +122,18 @@ def safety(case: Case) -> Safety:
     return Safety(case, watch, same)
 
 
+def repeats(case: Case, device: str) -> bool:
+    """Two runs give the same bits."""
+    run = partial(
+        outputs_and_gradients, partial(case.call, backend="triton"), list(case.inputs()), torch.float32, device
+    )
+    return all(_same_bits(a, b) for a, b in zip(run(), run(), strict=True))
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def compiled(sweep: Sweep, chip: Chip) -> list[Compiled]:
     """E4: every kernel that the op's wrappers launch at this shape, built for `chip`."""
-    with recording() as launches:
-        sweep.run(chip)
-    assert launches, f"{sweep} launches nothing"
-    return [compile_for(launch, chip) for launch in launches]
+    return [compile_for(launch, chip, str(sweep)) for launch in launches(sweep, chip)]
