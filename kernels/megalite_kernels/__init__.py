@@ -3,15 +3,17 @@
 Imports torch alone and knows nothing of megalite. Shapes and meaning of each op: see its reference.
 """
 
+from megalite_kernels.activation import geglu, gelu, gelu_tanh, relu2, swiglu, swiglu_clamped
 from megalite_kernels.allocator import tune_allocator
 from megalite_kernels.attention import attention
-from megalite_kernels.elementwise import apply_rope, geglu, gelu, gelu_tanh, relu2, swiglu
 from megalite_kernels.embedding import embedding
 from megalite_kernels.explain import explain
 from megalite_kernels.linear import linear, weight_gradient
 from megalite_kernels.loss import linear_cross_entropy, vocabulary_parallel_cross_entropy
+from megalite_kernels.moe import grouped_gemm, moe_permute, moe_route, moe_unpermute
 from megalite_kernels.norm import layer_norm, rms_norm
 from megalite_kernels.reference import IGNORE_INDEX
+from megalite_kernels.rope import apply_rope
 
 __all__ = [
     "IGNORE_INDEX",
@@ -22,12 +24,17 @@ __all__ = [
     "geglu",
     "gelu",
     "gelu_tanh",
+    "grouped_gemm",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "moe_permute",
+    "moe_route",
+    "moe_unpermute",
     "relu2",
     "rms_norm",
     "swiglu",
+    "swiglu_clamped",
     "tune_allocator",
     "vocabulary_parallel_cross_entropy",
     "weight_gradient",

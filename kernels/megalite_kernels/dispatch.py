@@ -149,6 +149,66 @@ ROWS = (TRITON, NATIVE, REFERENCE)
 """Ops on rows: norms, gated activations, rotary positions."""
 
 
+def _no_table_gradients(kernels: Obstacle) -> Obstacle:
+    """Rotary kernels turn by constant tables."""
+
+    def obstacle(request: Request, machine: Machine) -> str | None:
+        wanted = request.feature("table gradients", False)
+        return "the kernels give the tables no gradient" if wanted else kernels(request, machine)
+
+    return obstacle
+
+
+def _no_c_rope(request: Request, machine: Machine) -> str | None:
+    interleaved = request.feature("interleaved", False)
+    return "the C kernel turns halves, not interleaved pairs" if interleaved else no_c_kernels(request, machine)
+
+
+ROPE = (
+    Backend("triton", _no_table_gradients(no_triton), interpreted),
+    Backend("native", _no_table_gradients(_no_c_rope)),
+    REFERENCE,
+)
+
+
+def _no_triton_route(request: Request, machine: Machine) -> str | None:
+    columns, k = request.feature("columns", 0), request.feature("k", 1)
+    if columns > 512 or k > 16:
+        return f"the kernel takes 512 experts, groups filled up to powers of two, and top 16, not {columns} and {k}"
+    return no_triton(request, machine)
+
+
+def _no_cpu(request: Request, machine: Machine) -> str | None:
+    return None if request.device == "cpu" else "it reads offsets as numbers, for which a GPU would have to wait"
+
+
+def _no_cpu_route(request: Request, machine: Machine) -> str | None:
+    wide = request.dtype.itemsize > 4
+    return "it packs float32 beside the expert's number" if wide else _no_cpu(request, machine)
+
+
+def _no_grouped_mm(request: Request, machine: Machine) -> str | None:
+    """torch.nn.functional.grouped_mm: its kernel is for bf16 on sm_90 and later, and rows of whole 16 bytes."""
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        return "this PyTorch has no grouped_mm"
+    if request.dtype != torch.bfloat16:
+        return "PyTorch's grouped_mm is for bf16"
+    if request.device == "cuda" and request.chip not in ("sm_90", "sm_100"):
+        return f"PyTorch's grouped_mm has no kernel for {request.chip}"
+    return None if request.feature("aligned", True) else "grouped_mm needs widths that 8 divides, and a dense weight"
+
+
+def _no_gain(request: Request, machine: Machine) -> str | None:
+    return "on a CPU grouped_mm is the same loop" if request.device == "cpu" else None
+
+
+CPU = Backend("cpu", _no_cpu)
+"""PyTorch by index, and loops over experts."""
+MOE_ROUTE = (Backend("triton", _no_triton_route, interpreted), Backend("cpu", _no_cpu_route), REFERENCE)
+MOE_ROWS = (TRITON, CPU, REFERENCE)
+GROUPED_GEMM = (Backend("grouped_mm", _no_grouped_mm, _no_gain), TRITON, CPU, REFERENCE)
+
+
 @torch.compiler.assume_constant_result
 def choose(op: str, wanted: str, device: str, dtype: torch.dtype, features: tuple[tuple[str, Any], ...] = ()) -> str:
     """The backend for tensors of `dtype` on `device`; see `decide`."""
@@ -172,5 +232,17 @@ def backends_of(op: str) -> tuple[Backend, ...]:
     return OPS[op]
 
 
-OPS: dict[str, tuple[Backend, ...]] = {"rms_norm": ROWS, "layer_norm": ROWS}
+OPS: dict[str, tuple[Backend, ...]] = {
+    "rms_norm": ROWS,
+    "layer_norm": ROWS,
+    "rope": ROPE,
+    "swiglu": ROWS,
+    "geglu": ROWS,
+    "swiglu_clamped": (TRITON, REFERENCE),
+    "relu2": (TRITON, REFERENCE),
+    "moe_route": MOE_ROUTE,
+    "moe_permute": MOE_ROWS,
+    "moe_unpermute": MOE_ROWS,
+    "grouped_gemm": GROUPED_GEMM,
+}
 """Every op and its backends, the preferred one first."""

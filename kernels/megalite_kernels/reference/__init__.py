@@ -6,6 +6,7 @@ implementation in this package is tested against these functions in float64.
 
 from megalite_kernels.reference.attention import attention, visible
 from megalite_kernels.reference.loss import IGNORE_INDEX, linear_cross_entropy
+from megalite_kernels.reference.moe import grouped_gemm, moe_permute, moe_route, moe_unpermute
 from megalite_kernels.reference.rows import (
     apply_rope,
     embedding,
@@ -17,6 +18,7 @@ from megalite_kernels.reference.rows import (
     relu2,
     rms_norm,
     swiglu,
+    swiglu_clamped,
 )
 from megalite_kernels.reference.wide import accumulation_dtype
 
@@ -29,11 +31,16 @@ __all__ = [
     "geglu",
     "gelu",
     "gelu_tanh",
+    "grouped_gemm",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "moe_permute",
+    "moe_route",
+    "moe_unpermute",
     "relu2",
     "rms_norm",
     "swiglu",
+    "swiglu_clamped",
     "visible",
 ]

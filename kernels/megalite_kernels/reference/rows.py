@@ -47,19 +47,28 @@ def layer_norm(
     return y if residual is None else (y, total)
 
 
-def apply_rope(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, half rotation, on the first R dims of each head; the others pass (arXiv:2104.09864).
+def apply_rope(
+    x_BSHD: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, positions: Tensor | None = None
+) -> Tensor:
+    """Each pair of the first R dims of a head turned by its angle; the others pass (arXiv:2104.09864).
 
-    cos and sin are [S, R] or [B, S, R], already gathered by position, both halves written out. R is even.
+    cos and sin are [S, R] or [B, S, R], or [P, R] with `positions` [S] or [B, S] picking their rows. Columns i and
+    i + R/2 belong to pair i: dims i and i + R/2, or 2i and 2i + 1 when interleaved. R is even.
     """
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
     rotated_dims = cos.shape[-1]
     if rotated_dims % 2 or rotated_dims > x_BSHD.shape[-1]:
         raise ValueError(f"rope: {rotated_dims} rotated dims are odd or more than a head's {x_BSHD.shape[-1]}")
     wide = widen(x_BSHD)
     head, rest = wide[..., :rotated_dims], wide[..., rotated_dims:]
+    if interleaved:
+        head = head.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     first, second = head.chunk(2, dim=-1)
     cos, sin = cos.to(wide.dtype).unsqueeze(-2), sin.to(wide.dtype).unsqueeze(-2)
     turned = head * cos + torch.cat((-second, first), dim=-1) * sin
+    if interleaved:
+        turned = turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
     return torch.cat((turned, rest), dim=-1).to(x_BSHD.dtype)
 
 
@@ -86,3 +95,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) · up (arXiv:2002.05202)."""
     return (F.gelu(widen(gate), approximate="tanh") * widen(up)).to(gate.dtype)
+
+
+def swiglu_clamped(gate: Tensor, up: Tensor, *, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
+    """g · σ(alpha · g) · (u + 1) for g = min(gate, limit), u = up within ± limit (gpt-oss, arXiv:2508.10925)."""
+    g, u = widen(gate).clamp(max=limit), widen(up).clamp(-limit, limit)
+    return (g * torch.sigmoid(alpha * g) * (u + 1.0)).to(gate.dtype)
