@@ -10,7 +10,7 @@ export OMP_NUM_THREADS = 1
 BIN = $(VENV)/bin
 SETUP = $(VENV)/.installed
 
-.PHONY: setup train test lint docs bench parity clean
+.PHONY: setup train test lint docs bench parity kernels clean
 
 setup: $(SETUP)
 
@@ -41,6 +41,10 @@ bench: $(SETUP)
 # Every layout of 2, 4 and 8 ranks, and docs/parity.md; goes on where it stopped. ARGS="--world 8 --slice 1/4"
 parity: $(SETUP)
 	$(BIN)/python -m tests.parity.full $(ARGS)
+
+# Every kernel interpreted and compiled for every chip, and docs/kernels.md; on a machine with a GPU: ARGS="--device cuda"
+kernels: $(SETUP)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m megalite_kernels.validate $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,10 +26,12 @@ TILE = 1024
 
 
 def config(chip: Chip, width: int) -> dict[str, int]:
-    """Rows of a tile, its columns, and warps: about 16 elements a thread."""
+    """Rows of a tile, its columns, and warps: 16 elements a thread, 32 of long rows, whose blocks have fewer registers
+    for each thread."""
     block = max(16, triton.next_power_of_2(width))
     rows = max(1, TILE // block)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // (16 * chip.warp)))}
+    elements = chip.warp * (16 if rows * block < 8192 else 32)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // elements))}
 
 
 @triton.jit

@@ -2,9 +2,9 @@
 
     python -m megalite_kernels.validate [op …] [--device cuda] [--docs FOLDER]
 
-Without a GPU: every case interpreted (E1, E3, E5) and every launch compiled for every chip (E4; what is on record is not
-compiled again). On one (`--device cuda`): every case run there (E1), and twice for the same bits; its JSON lands beside
-the page, which then says so. Exit code 1 if anything is wrong.
+Without a GPU: every case interpreted (E1, E3, E5) and every launch compiled for every chip (E4; what is on record is
+not compiled again). On one (`--device cuda`): every case run there (E1), and twice for the same bits; its JSON lands
+beside the page, which then says so. Exit code 1 if anything is wrong.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from megalite_kernels.gpu.chips import CHIPS
+from megalite_kernels.gpu.compile import Compiled
 from megalite_kernels.validate import page, snapshot
 from megalite_kernels.validate.case import Case
 from megalite_kernels.validate.cases import CASES, SWEEPS
@@ -38,16 +39,19 @@ def main() -> int:
     found = page.Evidence(given.device)
     for number, case in enumerate(cases, 1):
         _try(found, case)
-        print(f"\r{number}/{len(cases)} cases, {len(found.wrong)} wrong", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        _say(f"{number}/{len(cases)} cases, {len(found.wrong)} wrong")
     if given.device == "cpu":
         _compile(found, given.ops)
-    print(*found.wrong or ["all right"], sep="\n")
+    print("", *found.wrong or ["all right"], sep="\n")
     if not given.ops:
         given.docs.mkdir(exist_ok=True)
         found.save(given.docs)
         (given.docs / "kernels.md").write_text(page.page(given.docs, CASES, SWEEPS, snapshot.load()))
     return int(bool(found.wrong))
+
+
+def _say(text: str) -> None:
+    print(f"\r{text}   ", end="", file=sys.stderr, flush=True)
 
 
 def _try(found: page.Evidence, case: Case) -> None:
@@ -67,7 +71,8 @@ def _try(found: page.Evidence, case: Case) -> None:
 
 def _compile(found: page.Evidence, ops: list[str]) -> None:
     """All launches of all sweeps for all chips; what no launch asks for any more leaves the record."""
-    known, kept = snapshot.load(), {}
+    known = snapshot.load()
+    kept: dict[str, Compiled] = {}
     sweeps = [sweep for sweep in SWEEPS if not ops or sweep.op in ops]
     started, done = time.monotonic(), 0
     for sweep in sweeps:
@@ -76,11 +81,8 @@ def _compile(found: page.Evidence, ops: list[str]) -> None:
             found.wrong += [f"{sweep} on {chip.name}: {fault}" for fault in snapshot.faults(sweep, chip, kept)]
             done += 1
             left = (time.monotonic() - started) / done * (len(sweeps) * len(CHIPS) - done)
-            print(
-                f"\r{done}/{len(sweeps) * len(CHIPS)} compiled, {left:.0f} s left ", end="", file=sys.stderr, flush=True
-            )
+            _say(f"{done}/{len(sweeps) * len(CHIPS)} compiled, {left:.0f} s left")
         snapshot.save(known | kept)
-    print(file=sys.stderr)
     snapshot.save(known | kept if ops else kept)
 
 

@@ -64,13 +64,27 @@ def _both_ways(rows: int, width: int, dtype: torch.dtype, centered: bool, chip: 
     norm.backward(x, weight, centered, mean, scale, x, x, False, chip)
 
 
-def _sweep(op: str, rows: int, width: int, dtype: torch.dtype) -> Sweep:
+def _sweep(op: str, rows: int, width: int, dtype: torch.dtype, spills: dict[str, int] | None = None) -> Sweep:
     name = f"{rows} × {width} {str(dtype).removeprefix('torch.')}"
-    return Sweep(op, name, lambda chip: _both_ways(rows, width, dtype, op == "layer_norm", chip))
+    size = rows * width * dtype.itemsize  # both ways: x and grad y in, y and grad x out, x again
+    moves, centered = Traffic(3 * size, 2 * size), op == "layer_norm"
+    return Sweep(
+        op,
+        name,
+        lambda chip: _both_ways(rows, width, dtype, centered, chip),
+        spills=spills or {},
+        moves=moves,
+        dtype=dtype,
+    )
+
+
+SPILLS = {"sm_80": 64, "sm_90": 68, "sm_100": 92}
+"""Backward of rows of 16,384: a thread holds 32 of x, grad y and the weight's gradient, and has 128 registers."""
 
 
 SWEEPS = (
-    *(_sweep("rms_norm", 8192, width, torch.bfloat16) for width in (128, 768, 4096, 8192, 16384)),
+    *(_sweep("rms_norm", 8192, width, torch.bfloat16) for width in (128, 768, 4096, 8192)),
+    _sweep("rms_norm", 8192, 16384, torch.bfloat16, SPILLS),
     _sweep("rms_norm", 8192, 4096, torch.float32),
     *(_sweep("layer_norm", 8192, width, torch.bfloat16) for width in (1024, 4096)),
 )
