@@ -1,5 +1,7 @@
 """RMSNorm and LayerNorm: ragged widths, one row, tiny and huge values, residuals, strided inputs."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
