@@ -68,16 +68,10 @@ def _both_ways(rows: int, width: int, dtype: torch.dtype, centered: bool, chip: 
 
 def _sweep(op: str, rows: int, width: int, dtype: torch.dtype, spills: dict[str, int] | None = None) -> Sweep:
     name = f"{rows} × {width} {str(dtype).removeprefix('torch.')}"
-    size = rows * width * dtype.itemsize  # both ways: x and grad y in, y and grad x out, x again
-    moves, centered = Traffic(3 * size, 2 * size), op == "layer_norm"
-    return Sweep(
-        op,
-        name,
-        lambda chip: _both_ways(rows, width, dtype, centered, chip),
-        spills=spills or {},
-        moves=moves,
-        dtype=dtype,
-    )
+    size = rows * width * dtype.itemsize
+    moves = Traffic(3 * size, 2 * size)  # x twice and grad y; y and grad x
+    run = partial(_both_ways, rows, width, dtype, op == "layer_norm")
+    return Sweep(op, name, run, spills=spills or {}, moves=moves, dtype=dtype)
 
 
 SPILLS = {"sm_80": 64, "sm_90": 68, "sm_100": 92}
