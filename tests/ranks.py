@@ -1,11 +1,13 @@
 """One shared pool of started gloo workers for every test that needs ranks.
 
 `run_ranks(world, function, *arguments)` runs a module-level function on `world` processes joined in a fresh process
-group and returns what each rank returned. A rank that fails or hangs fails the test with its traceback or the stacks.
+group and returns what each rank returned. A rank that fails or hangs fails the test with its
+traceback, or with the stacks and the last collectives of all.
 """
 
 import atexit
 import faulthandler
+import mmap
 import multiprocessing
 import os
 import signal
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -22,10 +25,39 @@ import torch
 CONTEXT = multiprocessing.get_context("fork")
 
 
-def _serve(pipe: Connection, stacks: str) -> None:
+KEPT, LINE = 8, 120
+"""Of every rank's collectives the last so many are shown when one hangs, each in so many bytes."""
+
+
+def _keep_last_calls(path: str) -> None:
+    """Every call of any communicator of this process leaves a line in a file that outlives a rank stuck in C."""
+    from megalite.comm import Communicator
+
+    with open(path, "r+b") as file:
+        file.truncate(KEPT * LINE)
+        memory = mmap.mmap(file.fileno(), KEPT * LINE)
+    note, numbers = Communicator._note, count(1)
+
+    def noted(self: Any, op: str, axes: tuple[str, ...], tensor: torch.Tensor, ranks: tuple[int, ...]) -> None:
+        number = next(numbers)
+        text = f"{number}: {op} over {','.join(axes)} {tensor.dtype}{list(tensor.shape)} among {list(ranks)}"
+        memory[number % KEPT * LINE : (number % KEPT + 1) * LINE] = text.encode()[:LINE].ljust(LINE)
+        note(self, op, axes, tensor, ranks)
+
+    Communicator._note = noted  # type: ignore[method-assign]
+
+
+def _last_calls(path: str) -> str:
+    with open(path, "rb") as file:
+        lines = [file.read(LINE).decode(errors="replace").strip(" \0") for _ in range(KEPT)]
+    return "\n".join(sorted(filter(None, lines), key=lambda line: int(line.partition(":")[0])))
+
+
+def _serve(pipe: Connection, stacks: str, calls: str) -> None:
     from megalite.world import leave
 
     torch.set_num_threads(1)
+    _keep_last_calls(calls)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file, all_threads=True)
@@ -53,24 +85,24 @@ def _serve(pipe: Connection, stacks: str) -> None:
 
 class Pool:
     def __init__(self) -> None:
-        self.workers: list[tuple[Any, Connection, str]] = []
+        self.workers: list[tuple[Any, Connection, str, str]] = []
 
     def grow(self, size: int) -> None:
         while len(self.workers) < size:
             here, there = CONTEXT.Pipe()
-            handle, stacks = tempfile.mkstemp(suffix=".stacks")
-            os.close(handle)
-            process = CONTEXT.Process(target=_serve, args=(there, stacks), daemon=True)
+            stacks, calls = (_empty_file(suffix) for suffix in (".stacks", ".calls"))
+            process = CONTEXT.Process(target=_serve, args=(there, stacks, calls), daemon=True)
             process.start()
             there.close()
-            self.workers.append((process, here, stacks))
+            self.workers.append((process, here, stacks, calls))
 
     def stop(self) -> None:
-        for process, pipe, stacks in self.workers:
+        for process, pipe, *files in self.workers:
             process.kill()
             process.join()
             pipe.close()
-            os.unlink(stacks)
+            for path in files:
+                os.unlink(path)
         self.workers = []
 
     def run(self, world: int, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> list[Any]:
@@ -79,14 +111,14 @@ class Pool:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         members = self.workers[:world]
-        for rank, (_, pipe, _) in enumerate(members):
+        for rank, (_, pipe, *_) in enumerate(members):
             pipe.send((rank, world, port, function, arguments))
         results: dict[int, Any] = {}
-        waiting = {pipe: rank for rank, (_, pipe, _) in enumerate(members)}
+        waiting = {pipe: rank for rank, (_, pipe, *_) in enumerate(members)}
         while waiting:
             ready = wait(list(waiting), timeout)
             if not ready:
-                raise AssertionError(self._hang_report(sorted(waiting.values()), timeout))
+                raise AssertionError(self._hang_report(world, sorted(waiting.values()), timeout))
             for pipe in ready:
                 rank = waiting.pop(pipe)  # type: ignore[arg-type]
                 try:
@@ -99,16 +131,24 @@ class Pool:
                 results[rank] = value
         return [results[rank] for rank in range(world)]
 
-    def _hang_report(self, ranks: list[int], timeout: float) -> str:
-        lines = [f"ranks {ranks} gave no answer in {timeout} s; their stacks:"]
+    def _hang_report(self, world: int, ranks: list[int], timeout: float) -> str:
+        lines = [f"ranks {ranks} gave no answer in {timeout} s; the last collectives of all:"]
+        lines += [f"rank {rank}:\n{_last_calls(self.workers[rank][3])}" for rank in range(world)]
+        lines += ["their stacks:"]
         for rank in ranks:
-            process, _, stacks = self.workers[rank]
+            process, _, stacks, _ = self.workers[rank]
             os.kill(process.pid, signal.SIGUSR1)
             process.join(0.5)
             with open(stacks) as file:
                 lines.append(f"rank {rank}:\n{file.read()}")
         self.stop()
         return "\n".join(lines)
+
+
+def _empty_file(suffix: str) -> str:
+    handle, path = tempfile.mkstemp(suffix=suffix)
+    os.close(handle)
+    return path
 
 
 POOL = Pool()

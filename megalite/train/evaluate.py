@@ -10,6 +10,7 @@ from megalite.comm import Communicator
 from megalite.data.batch import NOT_COUNTED, Batch
 from megalite.mesh import AXES
 from megalite.model.transformer import Losses
+from megalite.train.interrupt import Stopped
 
 
 class Evaluation(NamedTuple):
@@ -30,8 +31,11 @@ def evaluate(
     micro_batch: int,
     device: torch.device,
     max_samples: int = 0,
+    asked_to_stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Loss on a validation set, or on its first `max_samples` sequences, whatever the layout.
+
+    Raises Stopped as soon as `asked_to_stop` says so on any rank; they agree before every batch.
 
     `losses_of` gives this rank's term of a batch's sums: a pipeline's last stage has them, cp ranks have parts.
     """
@@ -41,6 +45,8 @@ def evaluate(
     speaks, counts = mesh.index("tp") == 0, mesh.index("pp", "cp", "tp") == 0
     totals = torch.zeros(3, dtype=torch.float64)
     for first in range(0, end, stride):
+        if asked_to_stop is not None and _any(asked_to_stop(), comm):
+            raise Stopped
         start = first + mesh.index("dp") * micro_batch
         # Whole batches, the last filled up with what is not counted: sequence parallelism divides a batch's tokens.
         # A rank without samples left computes too: with sharded weights every forward pass is a collective.
@@ -54,3 +60,9 @@ def evaluate(
     nll, tokens, text_bytes = totals.tolist()
     bits_per_byte = nll / math.log(2) / text_bytes if text_bytes else None
     return Evaluation(validation.name, nll / max(tokens, 1), bits_per_byte, int(tokens))
+
+
+def _any(mine: bool, comm: Communicator) -> bool:
+    flag = torch.tensor([float(mine)])
+    comm.all_reduce(flag, *AXES)
+    return bool(flag.item())

@@ -5,6 +5,10 @@ from types import FrameType
 from typing import Any
 
 
+class Stopped(Exception):
+    """Work that may be left undone was left for a stop."""
+
+
 class StopRequest:
     """Context manager; `asked` becomes True on the first signal, a second one interrupts at once."""
 

@@ -6,7 +6,7 @@ for metrics in Trainer(load_config("experiment=quickstart")):
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from megalite.precision import choose_precision
 from megalite.train import build
 from megalite.train.callback import Callback, StepMetrics
 from megalite.train.evaluate import Evaluation, evaluate
-from megalite.train.interrupt import StopRequest
+from megalite.train.interrupt import Stopped, StopRequest
 from megalite.train.memory import measured_memory
 from megalite.train.observers import make_observers
 from megalite.train.resume import resume, training_state
@@ -96,7 +96,7 @@ class Trainer:
         with StopRequest() as stop, ExitStack() as ends:
             self._begin(ends)
             while self.step < self.config.train.steps and not self.stopping:
-                metrics = self._evaluated(self.train_step(stop.asked))
+                metrics = self._evaluated(self.train_step(stop.asked), lambda: stop.asked)
                 for callback in self.callbacks:
                     callback.on_step(self, metrics)
                 if self._checkpoint_due():
@@ -152,12 +152,12 @@ class Trainer:
         self.event("save", path=str(path), seconds=round(time.perf_counter() - started, 3))
         return path
 
-    def evaluate(self, max_batches: int = 0) -> list[Evaluation]:
-        """Loss on every validation set, over all ranks."""
+    def evaluate(self, max_batches: int = 0, asked_to_stop: Callable[[], bool] | None = None) -> list[Evaluation]:
+        """Loss on every validation set, over all ranks. Raises Stopped when one of them is asked to stop."""
         token_bytes = torch.as_tensor(self.data.token_bytes)
-        where = (self.comm, self.config.train.micro_batch, self.device)
         samples = max_batches * self.config.train.global_batch
-        return [evaluate(self.pipeline.evaluate, v, token_bytes, *where, samples) for v in self.data.validation]
+        where = (self.comm, self.config.train.micro_batch, self.device, samples, asked_to_stop)
+        return [evaluate(self.pipeline.evaluate, v, token_bytes, *where) for v in self.data.validation]
 
     def _agreed(self, sums: torch.Tensor, asked_to_stop: bool) -> tuple[float, float, bool]:
         """Sums of nll and of squared log-partition over the global batch, and whether any rank is to stop.
@@ -215,7 +215,7 @@ class Trainer:
             seconds = time.perf_counter() - started
         return seconds * int(self.facts["accumulation"]) / len(batches)
 
-    def _evaluated(self, metrics: StepMetrics) -> StepMetrics:
+    def _evaluated(self, metrics: StepMetrics, asked_to_stop: Callable[[], bool]) -> StepMetrics:
         """The same metrics with the first validation set's results, on steps that evaluate; a stop does not wait."""
         train = self.config.train
         if self.stopping:
@@ -223,7 +223,11 @@ class Trainer:
         last = self.step == train.steps and train.final_eval
         if not last and (train.eval_every == 0 or self.step % train.eval_every):
             return metrics
-        results = self.evaluate(0 if last else train.eval_batches)
+        try:
+            results = self.evaluate(0 if last else train.eval_batches, asked_to_stop)
+        except Stopped:
+            self.stopping = True
+            return metrics
         for result in results:
             self.event("evaluation", **result._asdict())
         if not results:

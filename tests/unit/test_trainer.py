@@ -6,6 +6,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,23 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path: Path) -> None:
     assert [path.name for path in complete_steps(tmp_path / "checkpoints")] == ["step_00000003"]
     del made
     assert [row.step for row in train(tmp_path, "train.steps=6")] == [4, 5, 6]
+
+
+def test_sigterm_leaves_an_evaluation(tmp_path: Path) -> None:
+    made = trainer(tmp_path, "train.steps=6", "train.eval_every=2", "train.eval_batches=0")
+    plain, batches = made.pipeline.evaluate, []
+
+    def evaluated(batch: Any) -> Any:
+        batches.append(batch)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(batch)
+
+    made.pipeline.evaluate = evaluated  # type: ignore[method-assign]
+    assert [row.step for row in made] == [1, 2]
+    assert len(batches) == 1, "the next batch is not begun"
+    assert [path.name for path in complete_steps(tmp_path / "checkpoints")] == ["step_00000002"]
+    del made
+    assert [row.step for row in train(tmp_path, "train.steps=6")] == [3, 4, 5, 6]
 
 
 def test_run_folder(tmp_path: Path) -> None:
