@@ -8,6 +8,7 @@ from megalite_kernels.allocator import tune_allocator
 from megalite_kernels.attention import attention
 from megalite_kernels.embedding import embedding
 from megalite_kernels.explain import explain
+from megalite_kernels.fp8 import dequantize_fp8, fp8_amax, fp8_scale, quantize_fp8, scaled_mm
 from megalite_kernels.linear import linear, weight_gradient
 from megalite_kernels.loss import linear_cross_entropy, vocabulary_parallel_cross_entropy
 from megalite_kernels.moe import grouped_gemm, moe_permute, moe_route, moe_unpermute
@@ -19,8 +20,11 @@ __all__ = [
     "IGNORE_INDEX",
     "apply_rope",
     "attention",
+    "dequantize_fp8",
     "embedding",
     "explain",
+    "fp8_amax",
+    "fp8_scale",
     "geglu",
     "gelu",
     "gelu_tanh",
@@ -31,8 +35,10 @@ __all__ = [
     "moe_permute",
     "moe_route",
     "moe_unpermute",
+    "quantize_fp8",
     "relu2",
     "rms_norm",
+    "scaled_mm",
     "swiglu",
     "swiglu_clamped",
     "tune_allocator",

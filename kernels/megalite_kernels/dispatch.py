@@ -209,6 +209,43 @@ MOE_ROWS = (TRITON, CPU, REFERENCE)
 GROUPED_GEMM = (Backend("grouped_mm", _no_grouped_mm, _no_gain), TRITON, CPU, REFERENCE)
 
 
+def _no_c_loss(request: Request, machine: Machine) -> str | None:
+    """Its rows are float32, whatever narrower dtype is multiplied."""
+    if request.device != "cpu":
+        return "the C kernels are for CPUs"
+    return "the C kernel computes in float32, not float64" if request.dtype == torch.float64 else machine.compiled
+
+
+LOSS = (TRITON, Backend("native", _no_c_loss), Backend("torch", never))
+"""`torch`: the same chunks by PyTorch's own functions; so `reference`, which makes all logits, is never automatic."""
+
+
+def _no_torch_scaled_mm(request: Request, machine: Machine) -> str | None:
+    recipes = request.feature("recipes", ())
+    if not set(recipes) <= {"tensorwise", "rowwise"}:
+        return "torch._scaled_mm is for scales of tensors and of rows"
+    if request.device != "cuda":
+        return None
+    if request.chip not in ("sm_90", "sm_100"):
+        return f"no OCP FP8 products on {request.chip}"
+    if not request.feature("aligned") or request.feature("empty"):
+        return "cuBLAS wants N and K to be multiples of 16"
+    if request.feature("e5m2"):
+        return "cuBLAS multiplies no e5m2 by e5m2"
+    if "rowwise" in recipes and request.dtype != torch.bfloat16:
+        return "cuBLAS gives products of scaled rows in bf16 alone"
+    return None
+
+
+def _no_faster(request: Request, machine: Machine) -> str | None:
+    return "on a CPU it does what the reference does, no faster" if request.device == "cpu" else None
+
+
+SCALED_MM = (Backend("torch", _no_torch_scaled_mm, _no_faster), TRITON, REFERENCE)
+FUSED = (TRITON, Backend("torch", never), REFERENCE)
+"""Ops that PyTorch has in one call, on any device."""
+
+
 @torch.compiler.assume_constant_result
 def choose(op: str, wanted: str, device: str, dtype: torch.dtype, features: tuple[tuple[str, Any], ...] = ()) -> str:
     """The backend for tensors of `dtype` on `device`; see `decide`."""
@@ -240,9 +277,17 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "geglu": ROWS,
     "swiglu_clamped": (TRITON, REFERENCE),
     "relu2": (TRITON, REFERENCE),
+    "linear_cross_entropy": (*LOSS, REFERENCE),
+    "vocabulary_parallel_cross_entropy": LOSS,
     "moe_route": MOE_ROUTE,
     "moe_permute": MOE_ROWS,
     "moe_unpermute": MOE_ROWS,
     "grouped_gemm": GROUPED_GEMM,
+    "fp8_amax": (TRITON, REFERENCE),
+    "quantize_fp8": (TRITON, REFERENCE),
+    "scaled_mm": SCALED_MM,
+    "adamw": FUSED,
+    "gradient_norm": FUSED,
+    "newton_schulz": FUSED,
 }
 """Every op and its backends, the preferred one first."""

@@ -5,6 +5,7 @@ implementation in this package is tested against these functions in float64.
 """
 
 from megalite_kernels.reference.attention import attention, visible
+from megalite_kernels.reference.fp8 import dequantize_fp8, fp8_amax, fp8_scale, quantize_fp8, scaled_mm
 from megalite_kernels.reference.loss import IGNORE_INDEX, linear_cross_entropy
 from megalite_kernels.reference.moe import grouped_gemm, moe_permute, moe_route, moe_unpermute
 from megalite_kernels.reference.rows import (
@@ -27,7 +28,10 @@ __all__ = [
     "accumulation_dtype",
     "apply_rope",
     "attention",
+    "dequantize_fp8",
     "embedding",
+    "fp8_amax",
+    "fp8_scale",
     "geglu",
     "gelu",
     "gelu_tanh",
@@ -38,8 +42,10 @@ __all__ = [
     "moe_permute",
     "moe_route",
     "moe_unpermute",
+    "quantize_fp8",
     "relu2",
     "rms_norm",
+    "scaled_mm",
     "swiglu",
     "swiglu_clamped",
     "visible",

@@ -1,9 +1,10 @@
 """All cases and sweeps, an op a file."""
 
-from megalite_kernels.validate.case import Case, Sweep
-from megalite_kernels.validate.cases import activation, moe, norm, rope
+from megalite_kernels.validate.case import Case, Far, Sweep
+from megalite_kernels.validate.cases import activation, cross_entropy, fp8, moe, norm, rope
 
-OPS = (activation, moe, norm, rope)
+OPS = (activation, cross_entropy, fp8, moe, norm, rope)
 
 CASES: tuple[Case, ...] = tuple(case for op in OPS for case in op.CASES)
 SWEEPS: tuple[Sweep, ...] = tuple(sweep for op in OPS for sweep in op.SWEEPS)
+FAR: tuple[Far, ...] = tuple(far for op in OPS for far in getattr(op, "FAR", ()))
