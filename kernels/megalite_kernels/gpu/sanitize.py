@@ -34,7 +34,8 @@ class Sanitizer:
 
         def touched(interpreter: Any, pointers: Any, mask: Any, what: str) -> Any:
             size = base._get_np_dtype(pointers.get_element_ty()).itemsize
-            places = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel()
+            there = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)  # a mask may come as int8: no indices
+            places = pointers.data[there].ravel()
             holder = np.searchsorted(first, places, side="right").astype(int) - 1
             if ((holder < 0) | (places + np.uint64(size) > last[holder])).any():
                 raise OutOfBounds(f"out-of-bounds {what} in program {interpreter.grid_idx}")

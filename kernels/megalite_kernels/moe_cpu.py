@@ -1,0 +1,182 @@
+"""Mixture of experts on a CPU: copies and sums of rows by index, and a product per expert in a loop.
+
+Offsets are read as numbers, which costs nothing here and would make a GPU wait. Registered as ops, so that a graph of
+torch.compile is not broken by the reading.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite_kernels.capability import emulate_bf16_on_cpu
+from megalite_kernels.reference.moe import TINY, outside_top_groups, sorted_places, sorted_rows
+from megalite_kernels.reference.wide import widen
+
+
+def route(
+    logits_NE: Tensor, k: int, score: str, normalize: bool, bias_E: Tensor | None, groups: int, top_groups: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`moe_route` in float32, by a top k of int64s instead of a stable sort, which costs twice as much."""
+    logits = logits_NE.float()
+    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    with torch.no_grad():
+        ranked = logits if bias_E is None and top_groups == groups else scores
+        ranked = ranked if bias_E is None else ranked + bias_E.float()
+        # A float's bits rank as it does once those of negative ones are turned; below them the expert's number.
+        bits = torch.where(ranked == 0, 0.0, ranked).view(torch.int32)
+        bits = torch.where(ranked.isnan(), 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+        packed = (bits.long() << 32) + torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
+        if top_groups < groups:
+            packed = packed.masked_fill(outside_top_groups(ranked, groups, top_groups), torch.iinfo(torch.int64).min)
+        indices = packed.topk(k, dim=-1).indices
+        chosen = indices.flatten()
+        counts = chosen.new_zeros(logits.shape[1]).scatter_add_(0, chosen, torch.ones_like(chosen))
+    if score == "softmax" and normalize:
+        return indices, logits.gather(-1, indices).softmax(-1) * scale, counts
+    probs = scores.gather(-1, indices)
+    probs = probs / (probs.sum(-1, keepdim=True) + TINY) if normalize else probs
+    return indices, probs * scale, counts
+
+
+@torch.library.custom_op("megalite::cpu_moe_permute", mutates_args=())
+def permute(x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`moe_permute`; pad_to 1: no padding."""
+    offsets, inverse = sorted_places(indices_NK, experts, pad_to)
+    return _spread(x_ND, inverse, sorted_rows(inverse.numel(), experts, pad_to))[0], offsets, inverse
+
+
+@permute.register_fake
+def _(x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int) -> tuple[Tensor, Tensor, Tensor]:
+    offsets = indices_NK.new_empty(experts + 1, dtype=torch.int32)
+    rows = sorted_rows(indices_NK.numel(), experts, pad_to)
+    return x_ND.new_empty((rows, x_ND.shape[1])), offsets, offsets.new_empty(indices_NK.shape)
+
+
+def _spread(x_ND: Tensor, inverse_NK: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """(a copy of its token's row at every slot's place, slot of each row); zeros, and -1, where there is none."""
+    place = inverse_NK.flatten().long()
+    slot = place.new_full((rows + 1,), -1)
+    slot[place] = torch.arange(len(place))  # -1 falls into the last, which is cut off
+    slot = slot[:rows]
+    out = x_ND.index_select(0, slot.clamp(min=0) // max(1, inverse_NK.shape[1]))
+    free = (slot < 0).nonzero().flatten()
+    return (out.index_fill_(0, free, 0.0) if len(free) else out), slot
+
+
+@torch.library.custom_op("megalite::cpu_moe_unpermute", mutates_args=())
+def unpermute(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None) -> Tensor:
+    """`moe_unpermute`."""
+    y = widen(y_MD)
+    if not len(y) or (inverse_NK.numel() and int(inverse_NK.min()) < 0):
+        y = torch.cat((y, y.new_zeros(1, y.shape[1])))
+        inverse_NK = torch.where(inverse_NK < 0, len(y_MD), inverse_NK)
+    weights = None if probs_NK is None else probs_NK.to(y.dtype)
+    return F.embedding_bag(inverse_NK, y, mode="sum", per_sample_weights=weights).to(y_MD.dtype)
+
+
+@unpermute.register_fake
+def _(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None) -> Tensor:
+    return y_MD.new_empty((inverse_NK.shape[0], y_MD.shape[1]))
+
+
+@torch.library.custom_op("megalite::cpu_moe_unpermute_backward", mutates_args=())
+def unpermute_backward(
+    grad_ND: Tensor, inverse_NK: Tensor, rows: int, probs_NK: Tensor | None, y_MD: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(gradient of the sorted rows, gradient of the probabilities)."""
+    grad_y, slot = _spread(grad_ND, inverse_NK, rows)
+    if probs_NK is None or y_MD is None:
+        return grad_y, grad_ND.new_empty(0)
+    wide = widen(grad_y)
+    taken = slot >= 0
+    grad_probs = probs_NK.new_zeros(probs_NK.numel())
+    grad_probs[slot[taken]] = torch.linalg.vecdot(wide, widen(y_MD))[taken].to(probs_NK.dtype)
+    prob = probs_NK.flatten().to(wide.dtype)[slot.clamp(min=0)]
+    return (wide * prob[:, None]).to(grad_ND.dtype), grad_probs.view(probs_NK.shape)
+
+
+@unpermute_backward.register_fake
+def _(
+    grad_ND: Tensor, inverse_NK: Tensor, rows: int, probs_NK: Tensor | None, y_MD: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    grad_probs = grad_ND.new_empty(0) if probs_NK is None else torch.empty_like(probs_NK)
+    return grad_ND.new_empty((rows, grad_ND.shape[1])), grad_probs
+
+
+@torch.library.custom_op("megalite::cpu_grouped_gemm", mutates_args=())
+def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor) -> Tensor:
+    """`grouped_gemm`."""
+    y = x_MD.new_empty((len(x_MD), w_EDF.shape[2]))
+    ends = offsets.tolist()
+    for expert, (first, last) in enumerate(pairwise(ends)):
+        _product(x_MD[first:last], w_EDF[expert], y[first:last])
+    y[ends[-1] :] = 0.0
+    return y
+
+
+@grouped_gemm.register_fake
+def _(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor) -> Tensor:
+    return x_MD.new_empty((x_MD.shape[0], w_EDF.shape[2]))
+
+
+@torch.library.custom_op("megalite::cpu_grouped_gemm_weights", mutates_args=())
+def grouped_gemm_weights(x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_EDF: Tensor) -> Tensor:
+    """Each expert's xᵀ · grad over its rows, with the strides of `like`."""
+    out = torch.empty_like(like_EDF)
+    ends = offsets.tolist()
+    for expert, (first, last) in enumerate(pairwise(ends)):
+        _product(x_MD[first:last].T, grad_MF[first:last], out[expert])
+    return out
+
+
+@grouped_gemm_weights.register_fake
+def _(x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_EDF: Tensor) -> Tensor:
+    return torch.empty_like(like_EDF)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype == torch.bfloat16 and emulate_bf16_on_cpu():
+        out.copy_(a.float() @ b.float())
+    else:
+        torch.mm(a, b, out=out)
+
+
+def _save_permute(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[2])
+
+
+def _differentiate_permute(ctx: Any, grad_sorted: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return torch.ops.megalite.cpu_moe_unpermute(grad_sorted, ctx.saved_tensors[0], None), None, None, None
+
+
+def _save_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, inverse, probs = inputs
+    ctx.rows = len(y)
+    ctx.save_for_backward(inverse, probs, None if probs is None else y)
+
+
+def _differentiate_unpermute(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inverse, probs, y = ctx.saved_tensors
+    grad_y, grad_probs = torch.ops.megalite.cpu_moe_unpermute_backward(grad, inverse, ctx.rows, probs, y)
+    return grad_y, None, None if probs is None else grad_probs
+
+
+def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_product(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, w, offsets = ctx.saved_tensors
+    need_x, need_w, _ = ctx.needs_input_grad
+    grad_x = torch.ops.megalite.cpu_grouped_gemm(grad, w.transpose(1, 2), offsets) if need_x else None
+    grad_w = torch.ops.megalite.cpu_grouped_gemm_weights(x, grad, offsets, w) if need_w else None
+    return grad_x, grad_w, None
+
+
+permute.register_autograd(_differentiate_permute, setup_context=_save_permute)
+unpermute.register_autograd(_differentiate_unpermute, setup_context=_save_unpermute)
+grouped_gemm.register_autograd(_differentiate_product, setup_context=_save_product)
