@@ -2,23 +2,26 @@
 
 Going forward, each chunk's logits are turned in place into their gradient and multiplied out at once into the
 gradients of hidden and weight, so nothing of the size rows × vocabulary survives the chunk (as in Liger-Kernel,
-arXiv:2410.10989). Backward only scales them by the gradient that arrives.
+arXiv:2410.10989). Backward only scales them by the gradient that arrives. The rows of a chunk are Triton's on a GPU,
+C's on a CPU. On a GPU no value is read: nothing here waits for it.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megalite_kernels import native
+from megalite_kernels import native, reference
 from megalite_kernels.capability import compiled_kernels, emulate_bf16_on_cpu
+from megalite_kernels.dispatch import choose
 from megalite_kernels.reference import IGNORE_INDEX, accumulation_dtype
 
 CHUNK_LOGITS = 1 << 21
 """Logits of a chunk (8 MiB in float32): large enough for the product to run at full speed, small enough for caches."""
-CHUNK_ROWS = 16
-"""Rows of the smallest chunk, however large the vocabulary."""
+GPU_CHUNK_LOGITS = 1 << 28
+"""The same on a GPU (512 MiB in bf16): 2,093 rows of Llama 3's vocabulary, enough to fill the largest of them."""
 
 
 def linear_cross_entropy(
@@ -26,23 +29,31 @@ def linear_cross_entropy(
     weight_VD: Tensor,
     targets_N: Tensor,
     *,
-    z_loss: float = 0.0,
+    z_loss: float | None = 0.0,
     softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(nll_sum, z_sum) over rows whose target counts; never divided. See `reference.linear_cross_entropy`.
 
     `z_loss` is the weight w of the loss (nll_sum + w · z_sum) · anything that the caller will differentiate; it does
-    not change the two values. Gradients of any other combination are right too, at the price of a second forward.
+    not change the two values. None: any combination; then gradients are made going back, in a second forward. On a CPU
+    a combination that was not declared takes that second forward too; on a GPU, where looking at the gradients that
+    arrive would stall it, they come out NaN.
 
     Raises ValueError for tensors that do not belong together and, on the CPU, IndexError for a counted target outside
-    0 … V-1; an accelerator's own indexing kernels stop at such a target.
+    0 … V-1; on a GPU such a target makes nll_sum NaN.
     """
     _check(hidden_ND, weight_VD, targets_N)
+    rows = choose("linear_cross_entropy", backend, hidden_ND.device.type, hidden_ND.dtype)
+    if rows == "reference":
+        return reference.linear_cross_entropy(
+            hidden_ND, weight_VD, targets_N, softcap=softcap, ignore_index=ignore_index
+        )
+    grads = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD))
     nll_sum, z_sum, _, _ = torch.ops.megalite.linear_cross_entropy(
-        hidden_ND, weight_VD, targets_N, 1.0, float(z_loss), softcap or 0.0, ignore_index,
-        torch.is_grad_enabled() and hidden_ND.requires_grad, torch.is_grad_enabled() and weight_VD.requires_grad,
-    )  # fmt: skip
+        hidden_ND, weight_VD, targets_N, z_loss, softcap or 0.0, ignore_index, *grads, rows
+    )
     return nll_sum, z_sum
 
 
@@ -61,6 +72,16 @@ Combine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From one shard's (log-sum-exp [N], logit of the target or 0 [N]) to those of the whole vocabulary."""
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """The rows `first` … of a weight of `vocab` rows; `widest`: rows of the largest shard, which decides the chunks."""
+
+    first: int
+    vocab: int
+    widest: int
+    combine: Combine
+
+
 def vocabulary_parallel_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -70,9 +91,10 @@ def vocabulary_parallel_cross_entropy(
     vocab: int,
     shards: int,
     combine: Combine,
-    z_loss: float = 0.0,
+    z_loss: float | None = 0.0,
     softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` where this process holds the rows first … of a weight of `vocab` rows: both sums are those
     of the whole vocabulary, the same on every rank. The gradient of hidden is this shard's term of a sum over ranks.
@@ -87,10 +109,11 @@ def vocabulary_parallel_cross_entropy(
             f"vocabulary_parallel_cross_entropy: weight has rows {first} to {first + weight_VD.shape[0]} of {vocab},"
             " which is no shard of it; give this rank's rows, or use linear_cross_entropy for a whole weight"
         )
+    rows = choose("vocabulary_parallel_cross_entropy", backend, hidden_ND.device.type, hidden_ND.dtype)
+    shard = _Shard(first, vocab, -(-vocab // shards), combine)
     result: tuple[Tensor, Tensor] = _VocabularyParallel.apply(
-        hidden_ND, weight_VD, targets_N, first, vocab, shards, combine, float(z_loss), softcap or 0.0, ignore_index,
-        torch.is_grad_enabled(),
-    )  # fmt: skip
+        hidden_ND, weight_VD, targets_N, z_loss, softcap or 0.0, ignore_index, torch.is_grad_enabled(), rows, shard
+    )
     return result
 
 
@@ -99,32 +122,23 @@ class _VocabularyParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, first: int, vocab: int, shards: int,
-        combine: Combine, z_weight: float, softcap: float, ignore_index: int, differentiated: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_weight: float | None, softcap: float,
+        ignore_index: int, differentiated: bool, rows: str, shard: _Shard,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        _check_range(targets, vocab, ignore_index)
-        ctx.constants, ctx.z_weight = (softcap, ignore_index), z_weight
-        ctx.shard = (first, combine, -(-vocab // shards))
-        wanted = [differentiated and needed for needed in ctx.needs_input_grad[:2]]
-        nll_sum, z_sum, grad_hidden, grad_weight = _pass(
-            hidden, weight, targets, 1.0, z_weight, softcap, ignore_index, wanted[0], wanted[1], *ctx.shard
-        )
-        if any(wanted):
-            ctx.save_for_backward(hidden, weight, targets, grad_hidden, grad_weight)
+        _check_range(targets, shard.vocab, ignore_index)
+        ctx.z_weight, ctx.constants, ctx.shard = z_weight, (softcap, ignore_index), shard
+        ctx.how = (*(differentiated and needed for needed in ctx.needs_input_grad[:2]), rows)
+        ctx.set_materialize_grads(False)
+        nll_sum, z_sum, *grads = _forward(hidden, weight, targets, z_weight, *ctx.constants, *ctx.how, shard)
+        if differentiated and any(ctx.needs_input_grad[:2]):
+            ctx.save_for_backward(hidden, weight, targets, *grads)
         return nll_sum, z_sum
 
     @staticmethod
-    def backward(ctx: Any, grad_nll: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, grad_hidden, grad_weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        factor = grad_nll
-        if not _in_proportion(grad_nll, grad_z, ctx.z_weight):
-            factor, upstream = torch.ones_like(grad_nll), (float(grad_nll), float(grad_z))
-            _, _, grad_hidden, grad_weight = _pass(
-                hidden, weight, targets, *upstream, *ctx.constants, *wanted, *ctx.shard
-            )
-        grads = ((grad_hidden * factor).to(hidden.dtype), (grad_weight * factor).to(weight.dtype))
-        return grads[0] if wanted[0] else None, grads[1] if wanted[1] else None, *([None] * 9)
+    def backward(ctx: Any, grad_nll: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream = _upstream(ctx.saved_tensors[-1], grad_nll, grad_z, ctx.z_weight)
+        grads = _backward(*ctx.saved_tensors, *upstream, *ctx.constants, *ctx.how, ctx.shard)
+        return *(grad if wanted else None for grad, wanted in zip(grads, ctx.how[:2], strict=True)), *([None] * 7)
 
 
 def _check_range(targets_N: Tensor, vocab: int, ignore_index: int) -> None:
@@ -136,41 +150,45 @@ def _check_range(targets_N: Tensor, vocab: int, ignore_index: int) -> None:
             raise IndexError(f"linear_cross_entropy: target {first} is outside 0 … {vocab - 1} and not {ignore_index}")
 
 
-@torch.library.custom_op("megalite::linear_cross_entropy", mutates_args=())
-def chunked(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, nll_weight: float, z_weight: float, softcap: float,
-    ignore_index: int, hidden_grad: bool, weight_grad: bool,
+def _forward(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float | None, softcap: float,
+    ignore_index: int, hidden_grad: bool, weight_grad: bool, rows: str, shard: _Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(nll_sum, z_sum, grad hidden, grad weight) of nll_weight · nll_sum + z_weight · z_sum; empty where not asked."""
-    _check_range(targets_N, weight_VD.shape[0], ignore_index)
-    return _pass(hidden_ND, weight_VD, targets_N, nll_weight, z_weight, softcap, ignore_index, hidden_grad, weight_grad)
+    """(nll_sum, z_sum, grad hidden, grad weight) of nll_sum + z_weight · z_sum; gradients empty where not wanted or
+    not known yet."""
+    known = z_weight is not None
+    one = hidden_ND.new_ones((), dtype=accumulation_dtype(hidden_ND.dtype))
+    weights = torch.stack([one, torch.full_like(one, z_weight or 0.0)])
+    return _pass(
+        hidden_ND, weight_VD, targets_N, weights, softcap, ignore_index, hidden_grad and known,
+        weight_grad and known, rows, shard,
+    )  # fmt: skip
 
 
 def _pass(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, nll_weight: float, z_weight: float, softcap: float,
-    ignore_index: int, hidden_grad: bool, weight_grad: bool, first: int = 0, combine: Combine | None = None,
-    widest: int = 0,
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights: Tensor, softcap: float, ignore_index: int,
+    hidden_grad: bool, weight_grad: bool, rows: str, shard: _Shard | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`chunked`, for a whole weight or, with `combine`, for the shard that begins at row `first`; the `widest`
-    of all shards decides the chunks."""
-    rows, width = hidden_ND.shape
+    """Both sums and the gradients of weights[0] · nll_sum + weights[1] · z_sum, empty where not wanted."""
+    count, width = hidden_ND.shape
     vocab = weight_VD.shape[0]
-    wide = accumulation_dtype(hidden_ND.dtype)
+    wide, on_cpu = accumulation_dtype(hidden_ND.dtype), hidden_ND.device.type == "cpu"
     # Hardware that multiplies half precision keeps it; everything else multiplies in the accumulation dtype.
-    product = wide if hidden_ND.device.type == "cpu" and emulate_bf16_on_cpu() else hidden_ND.dtype
+    product = wide if on_cpu and emulate_bf16_on_cpu() else hidden_ND.dtype
     weight = weight_VD.to(product)
-    grad_hidden = hidden_ND.new_empty((rows if hidden_grad else 0, width), dtype=wide)
+    grad_hidden = hidden_ND.new_empty((count if hidden_grad else 0, width), dtype=wide)
     grad_weight = hidden_ND.new_zeros((vocab if weight_grad else 0, width), dtype=wide)
-    size = min(rows, max(CHUNK_ROWS, CHUNK_LOGITS // (widest or vocab)))
+    chunk = CHUNK_LOGITS if on_cpu else GPU_CHUNK_LOGITS
+    size = min(count, max(16, chunk // (shard.widest if shard else vocab)))
     buffer = hidden_ND.new_empty((size, vocab), dtype=product)
     nll_sum, z_sum = (hidden_ND.new_zeros((), dtype=wide) for _ in range(2))
-    for start in range(0, rows, max(size, 1)):
-        chosen = slice(start, min(start + size, rows))
+    for start in range(0, count, max(size, 1)):
+        chosen = slice(start, min(start + size, count))
         hidden = hidden_ND[chosen].to(product)
         logits = torch.mm(hidden, weight.T, out=buffer[: hidden.shape[0]])
         gradient, nll, lse = _rows(
-            logits.to(wide), targets_N[chosen], nll_weight, z_weight, softcap, ignore_index,
-            hidden_grad or weight_grad, first, combine,
+            logits, targets_N[chosen].contiguous(), weights if hidden_grad or weight_grad else None, softcap,
+            ignore_index, rows, shard,
         )  # fmt: skip
         nll_sum += nll.sum()
         z_sum += lse.square().sum()
@@ -185,53 +203,135 @@ def _pass(
     return nll_sum, z_sum, grad_hidden, grad_weight
 
 
+Rows = tuple[Tensor | None, Tensor, Tensor]
+"""(gradient of a chunk's logits before the cap or None, nll, lse), the last two a row and 0 where ignored."""
+
+
 def _rows(
-    logits: Tensor, targets: Tensor, nll_weight: float, z_weight: float, softcap: float, ignore_index: int,
-    wanted: bool, first: int, combine: Combine | None,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """(gradient by the bare product or None, nll, lse) of a chunk's rows, 0 where ignored; may overwrite logits."""
-    if logits.device.type == "cpu" and logits.dtype == torch.float32 and compiled_kernels():
-        targets = targets.contiguous()
-        if combine is None and nll_weight == 1.0:
-            nll, lse = native.cross_entropy(logits, targets, ignore_index, softcap, z_weight, wanted)
-            return logits if wanted else None, nll, lse
-        lse, chosen = native.shard_sums(logits, targets, first, ignore_index, softcap)
-        lse, chosen = _of_all(lse, chosen, targets != ignore_index, combine)
-        if wanted:
-            native.shard_gradient(logits, targets, first, ignore_index, softcap, nll_weight, z_weight, lse)
-        return logits if wanted else None, lse - chosen, lse
+    logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float, ignore_index: int, rows: str,
+    shard: _Shard | None,
+) -> Rows:  # fmt: skip
+    """By the backend `rows`; may overwrite the logits. Without `weights` there is no gradient."""
+    if rows == "triton":
+        return _triton_rows(logits, targets, weights, softcap, ignore_index, shard)
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    if rows == "native" and compiled_kernels():
+        return _native_rows(logits, targets, weights, softcap, ignore_index, shard)
+    first, vocab = (shard.first, shard.vocab) if shard else (0, logits.shape[1])
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
-    counted = targets != ignore_index
-    held = counted & (targets >= first) & (targets < first + logits.shape[1])
+    counted, exists = targets != ignore_index, (targets >= 0) & (targets < vocab)
+    held = counted & exists & (targets >= first) & (targets < first + logits.shape[1])
     index = torch.where(held, targets - first, 0)[:, None]
     lse = torch.logsumexp(logits, dim=-1)
-    chosen = torch.where(held, logits.gather(-1, index)[:, 0], 0.0)
-    lse, chosen = _of_all(lse, chosen, counted, combine)
-    if not wanted:
+    chosen = torch.where(held, logits.gather(-1, index)[:, 0], torch.where(exists, 0.0, torch.nan))
+    lse, chosen = _of_all(lse, chosen.to(lse.dtype), counted, shard)
+    if weights is None:
         return None, lse - chosen, lse
-    gradient = torch.exp(logits - lse[:, None]) * (nll_weight + 2.0 * z_weight * lse)[:, None]
-    gradient.scatter_add_(-1, index, held.to(gradient.dtype)[:, None] * -nll_weight)
+    gradient = torch.exp(logits - lse[:, None]) * (weights[0] + 2.0 * weights[1] * lse)[:, None]
+    gradient.scatter_add_(-1, index, held.to(gradient.dtype)[:, None] * -weights[0])
     if softcap > 0:
         gradient *= 1.0 - (logits / softcap).square()
     return gradient.masked_fill_(~counted[:, None], 0.0), lse - chosen, lse
 
 
-def _of_all(lse: Tensor, chosen: Tensor, counted: Tensor, combine: Combine | None) -> tuple[Tensor, Tensor]:
+def _triton_rows(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float, ignore_index: int, shard: _Shard | None
+) -> Rows:
+    """In the logits' own dtype, in place."""
+    from megalite_kernels.gpu import cross_entropy
+
+    if shard is None:
+        nll, lse = cross_entropy.whole(logits, targets, weights, softcap, ignore_index)
+        return logits if weights is not None else None, nll, lse
+    lse, chosen = cross_entropy.shard_sums(logits, targets, shard.first, shard.vocab, softcap, ignore_index)
+    lse, chosen = _of_all(lse, chosen, targets != ignore_index, shard)
+    if weights is None:
+        return None, lse - chosen, lse
+    cross_entropy.shard_gradient(logits, targets, weights, lse, shard.first, softcap, ignore_index)
+    return logits, lse - chosen, lse
+
+
+def _native_rows(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, softcap: float, ignore_index: int, shard: _Shard | None
+) -> Rows:
+    """In float32, in place."""
+    nll_weight, z_weight = (1.0, 0.0) if weights is None else weights.tolist()
+    gradient = logits if weights is not None else None
+    if shard is None and nll_weight == 1.0:
+        return gradient, *native.cross_entropy(logits, targets, ignore_index, softcap, z_weight, gradient is not None)
+    first = shard.first if shard else 0
+    lse, chosen = native.shard_sums(logits, targets, first, ignore_index, softcap)
+    lse, chosen = _of_all(lse, chosen, targets != ignore_index, shard)
+    if gradient is not None:
+        native.shard_gradient(logits, targets, first, ignore_index, softcap, nll_weight, z_weight, lse)
+    return gradient, lse - chosen, lse
+
+
+def _of_all(lse: Tensor, chosen: Tensor, counted: Tensor, shard: _Shard | None) -> tuple[Tensor, Tensor]:
     """Both of the whole vocabulary, 0 where ignored."""
-    if combine is not None:
-        lse, chosen = combine(lse, chosen)
+    if shard is not None:
+        lse, chosen = shard.combine(lse, chosen)
     return torch.where(counted, lse, 0.0), torch.where(counted, chosen, 0.0)
+
+
+def _upstream(
+    like: Tensor, grad_nll: Tensor | None, grad_z: Tensor | None, z_weight: float | None
+) -> tuple[Tensor, Tensor, float | None]:
+    """Both gradients that arrive, and z_weight, or None where one that was declared does not come at all."""
+    zero = like.new_zeros(())
+    if grad_nll is None or (grad_z is None and z_weight):
+        z_weight = None
+    return zero if grad_nll is None else grad_nll, zero if grad_z is None else grad_z, z_weight
+
+
+def _factor(grad_nll: Tensor, grad_z: Tensor, z_weight: float | None, read: bool) -> Tensor | None:
+    """What to multiply the gradients made going forward with; None where they are not of this combination.
+
+    In proportion means up to rounding: the caller's own product with z_loss may round differently from this one.
+    Where nothing may be `read`, a combination that was not declared makes NaN.
+    """
+    if z_weight is None:
+        return None
+    rtol = 4 * torch.finfo(grad_z.dtype).eps
+    kept = torch.isclose(grad_z, grad_nll * z_weight, rtol=rtol, atol=0.0, equal_nan=True)
+    if read:
+        return grad_nll if bool(kept) else None
+    return torch.where(kept, grad_nll, torch.nan)
+
+
+def _backward(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_hidden: Tensor, grad_weight: Tensor,
+    grad_nll: Tensor, grad_z: Tensor, z_weight: float | None, softcap: float, ignore_index: int,
+    hidden_grad: bool, weight_grad: bool, rows: str, shard: _Shard | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients made going forward, scaled; made anew where the upstream pair is not what was declared."""
+    factor = _factor(grad_nll, grad_z, z_weight, read=hidden_ND.device.type == "cpu")
+    if factor is None:
+        factor, weights = torch.ones_like(grad_nll), torch.stack([grad_nll, grad_z])
+        _, _, grad_hidden, grad_weight = _pass(
+            hidden_ND, weight_VD, targets_N, weights, softcap, ignore_index, hidden_grad, weight_grad, rows, shard
+        )
+    return (grad_hidden * factor).to(hidden_ND.dtype), (grad_weight * factor).to(weight_VD.dtype)
+
+
+@torch.library.custom_op("megalite::linear_cross_entropy", mutates_args=())
+def chunked(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float | None, softcap: float,
+    ignore_index: int, hidden_grad: bool, weight_grad: bool, rows: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_range(targets_N, weight_VD.shape[0], ignore_index)
+    return _forward(hidden_ND, weight_VD, targets_N, z_weight, softcap, ignore_index, hidden_grad, weight_grad, rows)
 
 
 @chunked.register_fake
 def _(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, nll_weight: float, z_weight: float, softcap: float,
-    ignore_index: int, hidden_grad: bool, weight_grad: bool,
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float | None, softcap: float,
+    ignore_index: int, hidden_grad: bool, weight_grad: bool, rows: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    wide = accumulation_dtype(hidden_ND.dtype)
-    rows, width = hidden_ND.shape
-    shapes = (), (), (rows if hidden_grad else 0, width), (weight_VD.shape[0] if weight_grad else 0, width)
+    wide, known = accumulation_dtype(hidden_ND.dtype), z_weight is not None
+    sizes = (hidden_ND.shape[0] if hidden_grad and known else 0, weight_VD.shape[0] if weight_grad and known else 0)
+    shapes = (), (), *((size, hidden_ND.shape[1]) for size in sizes)
     nll_sum, z_sum, grad_hidden, grad_weight = (hidden_ND.new_empty(shape, dtype=wide) for shape in shapes)
     return nll_sum, z_sum, grad_hidden, grad_weight
 
@@ -239,47 +339,36 @@ def _(
 @torch.library.custom_op("megalite::linear_cross_entropy_backward", mutates_args=())
 def chunked_backward(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_hidden: Tensor, grad_weight: Tensor,
-    grad_nll: Tensor, grad_z: Tensor, z_weight: float, softcap: float, ignore_index: int,
+    grad_nll: Tensor, grad_z: Tensor, z_weight: float | None, softcap: float, ignore_index: int,
+    hidden_grad: bool, weight_grad: bool, rows: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients made going forward, scaled; made anew when the upstream pair is not in the promised proportion."""
-    if _in_proportion(grad_nll, grad_z, z_weight):
-        factor = grad_nll
-    else:
-        factor = torch.ones_like(grad_nll)
-        wanted = (bool(grad_hidden.shape[0]), bool(grad_weight.shape[0]))
-        upstream = (float(grad_nll), float(grad_z))
-        _, _, grad_hidden, grad_weight = chunked(
-            hidden_ND, weight_VD, targets_N, *upstream, softcap, ignore_index, *wanted
-        )
-    return (grad_hidden * factor).to(hidden_ND.dtype), (grad_weight * factor).to(weight_VD.dtype)
-
-
-def _in_proportion(grad_nll: Tensor, grad_z: Tensor, z_weight: float) -> bool:
-    """Equal up to rounding: the caller's own product with z_loss may round differently from this one."""
-    rtol = 4 * torch.finfo(grad_z.dtype).eps
-    return torch.allclose(grad_z, grad_nll * z_weight, rtol=rtol, atol=0.0, equal_nan=True)
+    return _backward(
+        hidden_ND, weight_VD, targets_N, grad_hidden, grad_weight, grad_nll, grad_z, z_weight, softcap, ignore_index,
+        hidden_grad, weight_grad, rows,
+    )  # fmt: skip
 
 
 @chunked_backward.register_fake
 def _(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_hidden: Tensor, grad_weight: Tensor,
-    grad_nll: Tensor, grad_z: Tensor, z_weight: float, softcap: float, ignore_index: int,
+    grad_nll: Tensor, grad_z: Tensor, z_weight: float | None, softcap: float, ignore_index: int,
+    hidden_grad: bool, weight_grad: bool, rows: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return grad_hidden.to(hidden_ND.dtype, copy=True), grad_weight.to(weight_VD.dtype, copy=True)
+    sizes = (hidden_ND.shape[0] if hidden_grad else 0, weight_VD.shape[0] if weight_grad else 0)
+    return hidden_ND.new_empty((sizes[0], hidden_ND.shape[1])), weight_VD.new_empty((sizes[1], weight_VD.shape[1]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_ND, weight_VD, targets_N, _, ctx.z_weight, ctx.softcap, ctx.ignore_index, ctx.hidden, ctx.weight = inputs
-    ctx.save_for_backward(hidden_ND, weight_VD, targets_N, *output[2:])
+    ctx.z_weight, *ctx.constants = inputs[3:]
+    ctx.save_for_backward(*inputs[:3], *output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad_nll: Tensor | None, grad_z: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    zero = ctx.saved_tensors[-1].new_zeros(())
-    upstream = [zero if grad is None else grad for grad in (grad_nll, grad_z)]
-    constants = (ctx.z_weight, ctx.softcap, ctx.ignore_index)
-    grads = torch.ops.megalite.linear_cross_entropy_backward(*ctx.saved_tensors, *upstream, *constants)
-    return grads[0] if ctx.hidden else None, grads[1] if ctx.weight else None, *([None] * 7)
+    upstream = _upstream(ctx.saved_tensors[-1], grad_nll, grad_z, ctx.z_weight)
+    grads = torch.ops.megalite.linear_cross_entropy_backward(*ctx.saved_tensors, *upstream, *ctx.constants)
+    wanted = ctx.constants[2:4]
+    return *(grad if needed else None for grad, needed in zip(grads, wanted, strict=True)), *([None] * 7)
 
 
 chunked.register_autograd(_differentiate, setup_context=_save)

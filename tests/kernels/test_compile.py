@@ -41,8 +41,9 @@ def test_registered_ops_are_sound() -> None:
     torch.library.opcheck(torch.ops.megalite.visible_spans.default, (q, 6, True, -1, None))
     torch.library.opcheck(torch.ops.megalite.attention.default, (q, k, v, low, high, 0.3, 0.0))
     hidden, weight = (random(n, 8, seed=n).requires_grad_() for n in (6, 9))
-    options = (torch.arange(6), 1.0, 0.0, 0.0, -100, True, True)
-    torch.library.opcheck(torch.ops.megalite.linear_cross_entropy.default, (hidden, weight, *options))
+    for z_weight in (0.5, None):
+        options = (torch.arange(6), z_weight, 0.0, -100, True, True, "native")
+        torch.library.opcheck(torch.ops.megalite.linear_cross_entropy.default, (hidden, weight, *options))
 
 
 def test_fake_tensors_see_every_op() -> None:
