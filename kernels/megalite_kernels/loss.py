@@ -126,19 +126,19 @@ class _VocabularyParallel(torch.autograd.Function):
         ignore_index: int, differentiated: bool, rows: str, shard: _Shard,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         _check_range(targets, shard.vocab, ignore_index)
-        ctx.z_weight, ctx.constants, ctx.shard = z_weight, (softcap, ignore_index), shard
-        ctx.how = (*(differentiated and needed for needed in ctx.needs_input_grad[:2]), rows)
+        ctx.wanted = [differentiated and needed for needed in ctx.needs_input_grad[:2]]
+        ctx.z_weight, ctx.how = z_weight, (softcap, ignore_index, *ctx.wanted, rows, shard)
         ctx.set_materialize_grads(False)
-        nll_sum, z_sum, *grads = _forward(hidden, weight, targets, z_weight, *ctx.constants, *ctx.how, shard)
-        if differentiated and any(ctx.needs_input_grad[:2]):
+        nll_sum, z_sum, *grads = _forward(hidden, weight, targets, z_weight, *ctx.how)
+        if any(ctx.wanted):
             ctx.save_for_backward(hidden, weight, targets, *grads)
         return nll_sum, z_sum
 
     @staticmethod
     def backward(ctx: Any, grad_nll: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstream = _upstream(ctx.saved_tensors[-1], grad_nll, grad_z, ctx.z_weight)
-        grads = _backward(*ctx.saved_tensors, *upstream, *ctx.constants, *ctx.how, ctx.shard)
-        return *(grad if wanted else None for grad, wanted in zip(grads, ctx.how[:2], strict=True)), *([None] * 7)
+        upstream: Any = _upstream(ctx.saved_tensors[-1], grad_nll, grad_z, ctx.z_weight)
+        grads = _backward(*ctx.saved_tensors, *upstream, *ctx.how)
+        return *(grad if wanted else None for grad, wanted in zip(grads, ctx.wanted, strict=True)), *([None] * 7)
 
 
 def _check_range(targets_N: Tensor, vocab: int, ignore_index: int) -> None:

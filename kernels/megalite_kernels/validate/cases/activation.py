@@ -8,7 +8,7 @@ from torch import Tensor
 from megalite_kernels.activation import geglu, relu2, swiglu, swiglu_clamped
 from megalite_kernels.gpu import activation
 from megalite_kernels.gpu.chips import Chip
-from megalite_kernels.validate.case import Case, Outputs, Sweep, Traffic, random
+from megalite_kernels.validate.case import Case, Far, Outputs, Sweep, Traffic, random
 
 GATED = {"swiglu": swiglu, "geglu": geglu, "swiglu_clamped": swiglu_clamped}
 
@@ -65,7 +65,9 @@ def _both_ways(kind: str, rows: int, width: int, dtype: torch.dtype, chip: Chip)
 
 def _sweep(kind: str, rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Sweep:
     name = f"{rows} × {width} {str(dtype).removeprefix('torch.')}"
-    return Sweep(kind, name, lambda chip: _both_ways(kind, rows, width, dtype, chip))
+    sides, size = 1 if kind == "relu2" else 2, rows * width * dtype.itemsize
+    moves = Traffic(size * (2 * sides + 1), size * (sides + 1))
+    return Sweep(kind, name, partial(_both_ways, kind, rows, width, dtype), moves=moves, dtype=dtype)
 
 
 SWEEPS = (
@@ -75,3 +77,15 @@ SWEEPS = (
     _sweep("swiglu_clamped", 8192, 2880),
     _sweep("relu2", 8192, 3072),
 )
+
+
+def _far() -> None:
+    """A row of both sides past 2³¹ elements, as halves and each for itself."""
+    gate_up = torch.empty((1 << 17) + 1, 2 * 8192, dtype=torch.bfloat16)
+    gate, up = gate_up.chunk(2, dim=-1)
+    activation.forward(gate, up, "swiglu", 0.0, 0.0)
+    rows = gate_up.view(-1, 8192)
+    activation.backward(rows, rows, rows, "swiglu", 0.0, 0.0)
+
+
+FAR = (Far("swiglu", _far),)

@@ -10,7 +10,7 @@ from megalite_kernels import loss, reference
 from megalite_kernels.gpu import cross_entropy
 from megalite_kernels.gpu.chips import Chip
 from megalite_kernels.reference.wide import widen
-from megalite_kernels.validate.case import Case, Outputs, Sweep, Traffic, random
+from megalite_kernels.validate.case import Case, Far, Outputs, Sweep, Traffic, random
 
 IGNORED = -100
 WEIGHTS = torch.tensor([1.0, 1e-2])
@@ -132,7 +132,8 @@ def _launches(rows: int, vocab: int, softcap: float, dtype: torch.dtype, chip: C
 
 def _sweep(rows: int, vocab: int, softcap: float = 0.0, dtype: torch.dtype = torch.bfloat16) -> Sweep:
     name = f"{rows} × {vocab} {str(dtype).removeprefix('torch.')}{', softcap' if softcap else ''}"
-    return Sweep("cross_entropy", name, lambda chip: _launches(rows, vocab, softcap, dtype, chip))
+    moves = Traffic(rows * vocab * dtype.itemsize, rows * vocab * dtype.itemsize)
+    return Sweep("cross_entropy", name, partial(_launches, rows, vocab, softcap, dtype), moves=moves, dtype=dtype)
 
 
 SWEEPS = (
@@ -144,3 +145,14 @@ SWEEPS = (
     _sweep(2093, 128_256, dtype=torch.float32),
     _sweep(4096, 4096),
 )
+
+
+def _far() -> None:
+    """The last of 17,000 rows of Llama 3's vocabulary in bf16."""
+    logits, targets = torch.empty(17_000, 128_256, dtype=torch.bfloat16), torch.zeros(17_000, dtype=torch.int64)
+    cross_entropy.whole(logits, targets, WEIGHTS, 0.0, IGNORED)
+    cross_entropy.shard_sums(logits, targets, 0, 128_256, 0.0, IGNORED)
+    cross_entropy.shard_gradient(logits, targets, WEIGHTS, torch.zeros(17_000), 0, 0.0, IGNORED)
+
+
+FAR = (Far("cross_entropy", _far),)

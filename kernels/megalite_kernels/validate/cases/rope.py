@@ -9,7 +9,7 @@ from torch import Tensor
 from megalite_kernels.gpu import rope
 from megalite_kernels.gpu.chips import Chip
 from megalite_kernels.rope import apply_rope
-from megalite_kernels.validate.case import Case, Sweep, Traffic, random
+from megalite_kernels.validate.case import Case, Far, Sweep, Traffic, random
 
 
 def _tables(*shape: int) -> tuple[Tensor, Tensor]:
@@ -82,8 +82,14 @@ def _both_ways(shape: tuple[int, ...], rotated: int, dtype: torch.dtype, chip: C
         rope.rotate(x, table, table, positions, back=back, chip=chip, **how)
 
 
-def _sweep(name: str, shape: tuple[int, ...], rotated: int, interleaved: bool = False) -> Sweep:
-    return Sweep("rope", name, lambda chip: _both_ways(shape, rotated, torch.bfloat16, chip, interleaved=interleaved))
+def _sweep(
+    name: str, shape: tuple[int, ...], rotated: int, interleaved: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> Sweep:
+    batch, length, heads, dim = shape
+    moved = batch * length * heads * dim * dtype.itemsize * 2
+    moves = Traffic(moved + 2 * 2 * 4 * batch * length * rotated, moved)
+    run = partial(_both_ways, shape, rotated, dtype, interleaved=interleaved)
+    return Sweep("rope", name, run, moves=moves, dtype=dtype)
 
 
 SWEEPS = (
@@ -92,8 +98,15 @@ SWEEPS = (
     _sweep("4k × 1 head of 256", (2, 4096, 1, 256), 256),
     _sweep("8k × 128 heads of 64, interleaved", (1, 8192, 128, 64), 64, interleaved=True),
     _sweep("2k × 12 heads of 80, 32 turned", (4, 2048, 12, 80), 32),
-    Sweep(
-        "rope", "8k × 32 heads of 128 float32",
-        lambda chip: _both_ways((1, 8192, 32, 128), 128, torch.float32, chip, interleaved=False),
-    ),
-)  # fmt: skip
+    _sweep("8k × 32 heads of 128 float32", (1, 8192, 32, 128), 128, dtype=torch.float32),
+)
+
+
+def _far() -> None:
+    """A million tokens of 32 heads of 80 in bf16."""
+    x, table = torch.empty(1, (1 << 20) + 3, 32, 80, dtype=torch.bfloat16), torch.empty(1, 80)
+    for interleaved in (False, True):
+        rope.rotate(x, *(table.expand(1, x.shape[1], 80),) * 2, None, interleaved, False)
+
+
+FAR = (Far("rope", _far),)
