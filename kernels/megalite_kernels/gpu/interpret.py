@@ -8,8 +8,7 @@ float32. Private names of Triton are used: tests/kernels/test_interpret.py check
 Left as Triton has it, and so forbidden in our kernels: reductions and elementwise functions on bf16 or FP8 values.
 """
 
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from itertools import product
 from typing import Any
@@ -37,25 +36,25 @@ BITS = {
 
 sanitizer: ContextVar[Sanitizer | None] = ContextVar("sanitizer", default=None)
 """Watches the memory of every kernel interpreted in its scope."""
-program_order: ContextVar[int | None] = ContextVar("program_order", default=None)
-"""Seed of a random order of a kernel's programs; None: in their numbers' order."""
+Programs = list[tuple[int, ...]]
+arrange: ContextVar[Callable[[Programs], Programs]] = ContextVar("arrange", default=lambda programs: programs)
+"""Which programs of a kernel run, in which order; by default all in that of their numbers."""
 
 
-def interpret(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    """Run every program of kernel[grid] on tensors in CPU memory."""
+def interpret(
+    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], reaches: Sequence[torch.Tensor] = ()
+) -> None:
+    """Run every program of kernel[grid] on tensors in CPU memory; `reaches`: those it finds by address."""
     watch = sanitizer.get()
-    with _Patched(watch, [x for x in arguments.values() if isinstance(x, torch.Tensor)]), knobs.runtime.scope():
+    memory = [getattr(x, "base", x) for x in (*arguments.values(), *reaches)]  # a descriptor's tensor is its base
+    with _Patched(watch, [x for x in memory if isinstance(x, torch.Tensor)]), knobs.runtime.scope():
         knobs.runtime.interpret = True
         function = _interpreted(kernel).rewrite()
         constants = {p.name for p in kernel.params if p.is_constexpr}
         values = {n: x if n in constants or x is None else _handle(x) for n, x in arguments.items()}
         full = (*grid, 1, 1)[:3]
         base.interpreter_builder.set_grid_dim(*full)
-        programs = list(product(*(range(size) for size in full)))
-        seed = program_order.get()
-        if seed is not None:
-            random.Random(seed).shuffle(programs)
-        for program in programs:
+        for program in arrange.get()(list(product(*(range(size) for size in full)))):
             base.interpreter_builder.set_grid_idx(*program)
             function(**values)
 
@@ -68,7 +67,9 @@ _made: dict[Any, Any] = {}
 
 
 def _interpreted(kernel: Any) -> Any:
-    return _made.setdefault(kernel.fn, base.InterpretedFunction(kernel.fn))
+    if kernel.fn not in _made:  # making one parses the kernel
+        _made[kernel.fn] = base.InterpretedFunction(kernel.fn)
+    return _made[kernel.fn]
 
 
 class _Languages:

@@ -80,7 +80,7 @@ def _backward(
     grad_bias = tl.zeros([BLOCK], tl.float32)
     last = tl.minimum((part + 1) * rows_of_part, rows)
     for first in range(part * rows_of_part, last, ROWS):
-        row = first + tl.arange(0, ROWS)
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row[:, None] < last) & (column[None, :] < width)
         place = row[:, None] * width + column[None, :]
         scale = tl.load(scale_ptr + row, mask=row < last, other=0.0)

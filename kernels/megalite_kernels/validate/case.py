@@ -64,6 +64,17 @@ class Sweep:
         return f"{self.op}: {self.name}"
 
 
+@dataclass(frozen=True)
+class Far:
+    """An op on tensors of more than 2³¹ elements, whose memory is asked for and hardly touched."""
+
+    op: str
+    run: Callable[[], object]
+
+    def __str__(self) -> str:
+        return self.op
+
+
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     """Normal float64 numbers that depend on the seed alone."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,6 @@
 """The levels of evidence for one case: exact enough (E1), safe in memory (E3), compiled (E4), no more traffic (E5)."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from megalite_kernels.gpu.chips import Chip
 from megalite_kernels.gpu.compile import Compiled, compile_for
-from megalite_kernels.gpu.interpret import program_order, sanitizer
+from megalite_kernels.gpu.interpret import Programs, arrange, sanitizer
 from megalite_kernels.gpu.sanitize import Sanitizer
-from megalite_kernels.validate.case import Case, Outputs, Sweep
+from megalite_kernels.validate.case import Case, Far, Outputs, Sweep
 from megalite_kernels.validate.snapshot import launches
 
 
@@ -90,17 +91,23 @@ class Safety:
     case: Case
     seen: Sanitizer
     same_in_any_order: bool
+    all_written: bool
 
     @property
     def right(self) -> bool:
-        return not self.seen.races and self.same_in_any_order
+        return not self.seen.races and self.same_in_any_order and self.all_written
+
+    def __str__(self) -> str:
+        said = f"{self.case}: {self.seen.races} races"
+        said += "" if self.same_in_any_order else ", other bits in another order of the programs"
+        return said + ("" if self.all_written else ", an output not written everywhere")
 
 
 def safety(case: Case) -> Safety:
     """E3: no access out of bounds (that raises OutOfBounds), no two programs storing to one place, every output
     written, and the same bits whatever the order of the programs.
 
-    Fresh memory is filled with NaN in the first runs and not in the last, so what no program wrote shows.
+    Fresh memory is filled with NaN (integers: with their largest), so what no program wrote differs from the reference.
     """
     watch = Sanitizer()
     run = partial(outputs_and_gradients, partial(case.call, backend="triton"), list(case.inputs()), torch.float32)
@@ -111,15 +118,38 @@ def safety(case: Case) -> Safety:
         first = run()
     finally:
         sanitizer.reset(token)
-    order = program_order.set(7)
+    order = arrange.set(_shuffled)
     try:
         second = run()
     finally:
-        program_order.reset(order)
+        arrange.reset(order)
         torch.use_deterministic_algorithms(deterministic)
-    third = run()
-    same = all(_same_bits(a, b) and _same_bits(a, c) for a, b, c in zip(first, second, third, strict=True))
-    return Safety(case, watch, same)
+    truth = outputs_and_gradients(partial(case.call, backend="reference"), list(case.inputs()), torch.float32)
+    return Safety(
+        case,
+        watch,
+        all(_same_bits(a, b) for a, b in zip(first, second, strict=True)),
+        all(_same_gaps(a, t) for a, t in zip(first, truth, strict=True)),
+    )
+
+
+def _shuffled(programs: Programs) -> Programs:
+    return random.Random(7).sample(programs, len(programs))
+
+
+def reaches(far: Far) -> Sanitizer:
+    """E3 where offsets pass 2³¹: of every launch the last program alone is interpreted, on memory that only it touches.
+
+    An offset that wraps around is out of bounds, which raises OutOfBounds.
+    """
+    watch = Sanitizer()
+    tokens = sanitizer.set(watch), arrange.set(lambda programs: programs[-1:])
+    try:
+        far.run()
+    finally:
+        arrange.reset(tokens[1])
+        sanitizer.reset(tokens[0])
+    return watch
 
 
 def repeats(case: Case, device: str) -> bool:
@@ -128,6 +158,11 @@ def repeats(case: Case, device: str) -> bool:
         outputs_and_gradients, partial(case.call, backend="triton"), list(case.inputs()), torch.float32, device
     )
     return all(_same_bits(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def _same_gaps(ours: Tensor, truth: Tensor) -> bool:
+    """NaN in the same places; integers the same."""
+    return torch.equal(ours.isnan(), truth.isnan()) if ours.dtype.is_floating_point else torch.equal(ours, truth)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

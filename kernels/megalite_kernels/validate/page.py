@@ -55,8 +55,7 @@ class Evidence:
     def safe(self, case: Case, seen: Safety) -> None:
         self.safe_cases[case.op] = self.safe_cases.get(case.op, 0) + 1
         if not seen.right:
-            order = "" if seen.same_in_any_order else ", other bits in another order of programs"
-            self.wrong.append(f"{case}: {seen.seen.races} races{order}")
+            self.wrong.append(str(seen))
         if case.traffic is not None:
             counted = (seen.seen.loaded, seen.seen.stored, seen.seen.flops)
             formula = (case.traffic.loaded, case.traffic.stored, case.traffic.flops)

@@ -8,7 +8,7 @@ from torch import Tensor
 from megalite_kernels.gpu import norm
 from megalite_kernels.gpu.chips import Chip
 from megalite_kernels.norm import layer_norm, rms_norm
-from megalite_kernels.validate.case import Case, Sweep, Traffic, random
+from megalite_kernels.validate.case import Case, Far, Sweep, Traffic, random
 
 
 def _rms(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, backend: str, one_plus: bool = False) -> object:
@@ -84,3 +84,13 @@ SWEEPS = (
     _sweep("rms_norm", 8192, 4096, torch.float32),
     *(_sweep("layer_norm", 8192, width, torch.bfloat16) for width in (1024, 4096)),
 )
+
+
+def _far() -> None:
+    """Half a million rows of 4,096 in bf16: the last lies past 2³¹ elements."""
+    x, weight = torch.empty((1 << 19) + 9, 4096, dtype=torch.bfloat16), torch.ones(4096, dtype=torch.bfloat16)
+    _, _, mean, scale = norm.forward(x, x, weight, weight, 1e-5, True, False)
+    norm.backward(x, weight, True, mean, scale, x, x, False)
+
+
+FAR = (Far("layer_norm", _far),)
