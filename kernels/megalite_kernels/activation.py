@@ -49,14 +49,20 @@ def relu2(x: Tensor, *, backend: str = "auto") -> Tensor:
     return reference.relu2(x) if backend == "reference" else F.relu(x).square()
 
 
-def gelu(x: Tensor) -> Tensor:
-    """x · Φ(x), exact."""
-    return F.gelu(x)
+def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """x · Φ(x), exact (arXiv:1606.08415)."""
+    chosen = choose("gelu", backend, x.device.type, x.dtype)
+    if chosen == "triton":
+        return _triton("gelu", x, None)
+    return reference.gelu(x) if backend == "reference" else F.gelu(x)
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """The tanh approximation of gelu."""
-    return F.gelu(x, approximate="tanh")
+def gelu_tanh(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """The tanh approximation of gelu (GPT-2, Gemma)."""
+    chosen = choose("gelu_tanh", backend, x.device.type, x.dtype)
+    if chosen == "triton":
+        return _triton("gelu_tanh", x, None)
+    return reference.gelu_tanh(x) if backend == "reference" else F.gelu(x, approximate="tanh")
 
 
 def _fast(gate: Tensor, up: Tensor) -> bool:

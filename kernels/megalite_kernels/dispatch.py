@@ -242,8 +242,11 @@ def _no_faster(request: Request, machine: Machine) -> str | None:
 
 
 SCALED_MM = (Backend("torch", _no_torch_scaled_mm, _no_faster), TRITON, REFERENCE)
-FUSED = (TRITON, Backend("torch", never), REFERENCE)
-"""Ops that PyTorch has in one call, on any device."""
+TORCH = Backend("torch", never)
+
+
+def _no_torch_adamw(request: Request, machine: Machine) -> str | None:
+    return None if request.feature("one dtype") else "torch._fused_adamw_ wants weights, gradients and moments alike"
 
 
 @torch.compiler.assume_constant_result
@@ -277,6 +280,8 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "geglu": ROWS,
     "swiglu_clamped": (TRITON, REFERENCE),
     "relu2": (TRITON, REFERENCE),
+    "gelu": (TRITON, REFERENCE),
+    "gelu_tanh": (TRITON, REFERENCE),
     "linear_cross_entropy": (*LOSS, REFERENCE),
     "vocabulary_parallel_cross_entropy": LOSS,
     "moe_route": MOE_ROUTE,
@@ -286,8 +291,8 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "fp8_amax": (TRITON, REFERENCE),
     "quantize_fp8": (TRITON, REFERENCE),
     "scaled_mm": SCALED_MM,
-    "adamw": FUSED,
-    "gradient_norm": FUSED,
-    "newton_schulz": FUSED,
+    "adamw": (TRITON, Backend("torch", _no_torch_adamw), REFERENCE),
+    "gradient_norm": (TRITON, TORCH, REFERENCE),
+    "newton_schulz": (TRITON, TORCH, REFERENCE),
 }
 """Every op and its backends, the preferred one first."""

@@ -1,7 +1,8 @@
-"""Gated activations act(gate) · up, and relu², which has no `up`: one pass each way, recomputed going back.
+"""Activations, gated ones act(gate) · up and plain ones without `up`: one pass each way, recomputed going back.
 
-All but relu² are x · σ(v(x)): swiglu with v = x, geglu (tanh) with v = 2·√(2/π)·(x + 0.044715·x³), gpt-oss' clamped
-swiglu with v = alpha · x. Gate and up may be slices of one tensor: each has strides of its own.
+All but relu² and the exact gelu are x · σ(v(x)): swiglu with v = x; geglu and gelu_tanh with
+v = 2·√(2/π)·(x + 0.044715·x³); gpt-oss' clamped swiglu with v = alpha · x. Gate and up may be slices of one tensor:
+each has strides of its own.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
 
-KINDS = ("swiglu", "geglu", "swiglu_clamped", "relu2")
+KINDS = ("swiglu", "geglu", "swiglu_clamped", "relu2", "gelu", "gelu_tanh")
 TILE = 4096
 """Elements of a program."""
 
@@ -31,8 +32,12 @@ def _activate(x, alpha, KIND: tl.constexpr):
     if KIND == "relu2":
         x = tl.where(x < 0.0, 0.0, x)  # not maximum, which loses a NaN
         return x * x, 2.0 * x
+    if KIND == "gelu":
+        below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))  # Φ(x)
+        density = tl.where(tl.abs(x) > 1e4, 0.0, x * 0.3989422804014327 * tl.exp(-0.5 * x * x))  # x·φ(x), no ∞·0
+        return x * below, below + density
     v, slope = x, tl.full(x.shape, 1.0, tl.float32)
-    if KIND == "geglu":
+    if KIND == "geglu" or KIND == "gelu_tanh":
         bounded = tl.where(x > 10.0, 10.0, tl.where(x < -10.0, -10.0, x))  # σ is 0 or 1 there; x³ could overflow
         v = 1.5957691216057308 * (x + 0.044715 * bounded * bounded * bounded)
         slope = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * bounded * bounded)
@@ -50,7 +55,7 @@ def _places(row, column, rows, width, by_row, by_column):
 @triton.jit
 def _forward(
     gate_ptr, up_ptr, y_ptr, rows, width, gate_row, gate_column, up_row, up_column, alpha, limit,
-    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]; int64: rows · width may pass 2³¹
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -59,7 +64,7 @@ def _forward(
     if KIND == "swiglu_clamped":
         gate = tl.where(gate > limit, limit, gate)
     y, _ = _activate(gate, alpha, KIND)
-    if KIND != "relu2":
+    if GATED:
         place, inside = _places(row, column, rows, width, up_row, up_column)
         up = tl.load(up_ptr + place, mask=inside, other=0.0).to(tl.float32)
         if KIND == "swiglu_clamped":
@@ -73,7 +78,7 @@ def _forward(
 def _backward(
     gate_ptr, up_ptr, grad_y_ptr, grad_gate_ptr, grad_up_ptr, rows, width,
     gate_row, gate_column, up_row, up_column, grad_row, grad_column, alpha, limit,
-    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -87,7 +92,7 @@ def _backward(
         kept = tl.where(gate > limit, limit, gate)
     activated, slope = _activate(kept, alpha, KIND)
     grad_gate = grad_y * slope
-    if KIND != "relu2":
+    if GATED:
         place, inside = _places(row, column, rows, width, up_row, up_column)
         up = tl.load(up_ptr + place, mask=inside, other=0.0).to(tl.float32)
         grad_up = grad_y * activated
@@ -110,7 +115,7 @@ def forward(
     options = config(chip or chip_of(gate_ND.device), width)
     launch(
         _forward, (triton.cdiv(rows, options["ROWS"]), triton.cdiv(width, options["BLOCK"])), gate_ND, up_ND, y,
-        rows, width, *gate_ND.stride(), *_strides(up_ND), alpha, limit, KIND=kind, **options,
+        rows, width, *gate_ND.stride(), *_strides(up_ND), alpha, limit, KIND=kind, GATED=up_ND is not None, **options,
     )  # fmt: skip
     return y
 
@@ -127,7 +132,7 @@ def backward(
     launch(
         _backward, (triton.cdiv(rows, options["ROWS"]), triton.cdiv(width, options["BLOCK"])), gate_ND, up_ND,
         grad_y_ND, grad_gate, grad_up, rows, width, *gate_ND.stride(), *_strides(up_ND), *grad_y_ND.stride(),
-        alpha, limit, KIND=kind, **options,
+        alpha, limit, KIND=kind, GATED=up_ND is not None, **options,
     )  # fmt: skip
     return grad_gate, grad_up
 

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megalite_kernels.activation import geglu, relu2, swiglu, swiglu_clamped
+from megalite_kernels.activation import geglu, gelu, gelu_tanh, relu2, swiglu, swiglu_clamped
 from megalite_kernels.gpu import activation
 from megalite_kernels.gpu.chips import Chip
 from megalite_kernels.validate.case import Case, Far, Outputs, Sweep, Traffic, random
@@ -49,6 +49,10 @@ CASES = (
     Case("swiglu", "one up for all rows", lambda: (random(5, 8), random(8, seed=1)), swiglu),
     Case("swiglu", "transposed", lambda: (random(6, 9).T, random(9, 6, seed=1)), swiglu),
     Case("swiglu_clamped", "up beyond the limit", lambda: (random(1, 8), _hostile), swiglu_clamped),
+    Case("gelu", "3 × 7 rows of 30", lambda: (random(3, 7, 30, scale=4),), gelu),
+    Case("gelu", "far out and NaN", lambda: (torch.tensor([3e4, -3e4, 40.0, -40.0, float("nan")]).double(),), gelu),
+    Case("gelu_tanh", "3 × 7 rows of 30", lambda: (random(3, 7, 30, scale=4),), gelu_tanh),
+    Case("gelu_tanh", "far out", lambda: (torch.tensor([1e9, -1e9, 40.0, -40.0, 0.0]).double(),), gelu_tanh),
     Case("relu2", "3 × 7 rows of 30", lambda: (random(3, 7, 30, scale=4),), relu2),
     Case("relu2", "one NaN", lambda: (torch.tensor([1.0, float("nan"), -1.0], dtype=torch.float64),), relu2),
 )  # fmt: skip
@@ -58,14 +62,14 @@ def _both_ways(kind: str, rows: int, width: int, dtype: torch.dtype, chip: Chip)
     gate_up, y = (torch.empty(rows, columns, dtype=dtype, device="meta") for columns in (2 * width, width))
     gate, up = gate_up.chunk(2, dim=-1)
     for left, right in ((gate, up), (y, y)):
-        pair = (left, None if kind == "relu2" else right)
+        pair = (left, right if kind in ("swiglu", "geglu", "swiglu_clamped") else None)
         activation.forward(*pair, kind, 1.702, 7.0, chip)
         activation.backward(*pair, y, kind, 1.702, 7.0, chip)
 
 
 def _sweep(kind: str, rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Sweep:
     name = f"{rows} × {width} {str(dtype).removeprefix('torch.')}"
-    sides, size = 1 if kind == "relu2" else 2, rows * width * dtype.itemsize
+    sides, size = 2 if kind in ("swiglu", "geglu", "swiglu_clamped") else 1, rows * width * dtype.itemsize
     moves = Traffic(size * (2 * sides + 1), size * (sides + 1))
     return Sweep(kind, name, partial(_both_ways, kind, rows, width, dtype), moves=moves, dtype=dtype)
 
@@ -76,6 +80,8 @@ SWEEPS = (
     _sweep("geglu", 8192, 16384),
     _sweep("swiglu_clamped", 8192, 2880),
     _sweep("relu2", 8192, 3072),
+    _sweep("gelu", 8192, 3072),
+    _sweep("gelu_tanh", 8192, 3072),
 )
 
 
