@@ -1,0 +1,338 @@
+"""Mixture of experts against transformers' own routers and layers, and what holds for every choice."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megalite_kernels import grouped_gemm, moe_permute, moe_route, moe_unpermute, reference, swiglu
+from megalite_kernels.dispatch import OPS, Decision, Machine, Request, decide
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from tests.kernels.support import random
+
+BACKENDS = ("reference", "cpu", "triton")
+
+
+def has(backend: str) -> str:
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is for Linux")
+    return backend
+
+
+def sizes(**more: Any) -> dict[str, Any]:
+    return {"hidden_size": 16, "num_experts_per_tok": 3, "num_hidden_layers": 1, "vocab_size": 8} | more
+
+
+def mixtral() -> Any:
+    from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, MixtralTopKRouter
+
+    config = MixtralConfig(**sizes(num_local_experts=8, intermediate_size=24))
+    return MixtralTopKRouter(config), MixtralSparseMoeBlock(config), {}
+
+
+def qwen(norm: bool) -> Any:
+    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
+
+    config = Qwen3MoeConfig(**sizes(num_experts=12, moe_intermediate_size=24, norm_topk_prob=norm))
+    return Qwen3MoeTopKRouter(config), Qwen3MoeSparseMoeBlock(config), {"normalize": norm}
+
+
+def deepseek(norm: bool = True) -> Any:
+    from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE, DeepseekV3TopkRouter
+
+    config = DeepseekV3Config(
+        **sizes(num_local_experts=16, n_routed_experts=16, n_group=4, topk_group=2, moe_intermediate_size=24),
+        n_shared_experts=1, routed_scaling_factor=2.5, norm_topk_prob=norm,
+    )  # fmt: skip
+    router, layer = DeepseekV3TopkRouter(config), DeepseekV3MoE(config)
+    for gate in (router, layer.gate):
+        gate.e_score_correction_bias.copy_(random(16, seed=9, scale=0.3))
+    bias = router.e_score_correction_bias
+    options = {"score": "sigmoid", "bias_E": bias, "groups": 4, "top_groups": 2, "scale": 2.5, "normalize": norm}
+    return router, layer, options
+
+
+def gpt_oss() -> Any:
+    from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+
+    return GptOssTopKRouter(GptOssConfig(**sizes(num_local_experts=8, intermediate_size=24))), None, {}
+
+
+MODELS = {
+    "mixtral": mixtral,
+    "qwen3, normalised": lambda: qwen(True),
+    "qwen3, as they are": lambda: qwen(False),
+    "deepseek-v3": deepseek,
+    "deepseek-v3, as they are": lambda: deepseek(False),
+    "gpt-oss": gpt_oss,
+}
+
+
+def filled(module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for seed, p in enumerate(module.parameters()):
+            p.copy_(random(*p.shape, seed=seed + 20, scale=0.5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_routes_as_transformers_does(model: str, backend: str) -> None:
+    router, _, options = MODELS[model]()
+    filled(router)
+    _, theirs, chosen = router(random(30, 16).float())
+    logits = router(random(30, 16).float())[0].detach().requires_grad_()
+    indices, probs, counts = moe_route(logits, 3, backend=has(backend), **options)
+    order, their_order = indices.argsort(-1), chosen.argsort(-1)  # DeepSeek's come unsorted
+    assert torch.equal(indices.gather(-1, order), chosen.gather(-1, their_order))
+    torch.testing.assert_close(probs.gather(-1, order), theirs.gather(-1, their_order), rtol=1e-6, atol=1e-7)
+    assert torch.equal(counts, torch.bincount(chosen.flatten(), minlength=logits.shape[1]))
+
+
+def layer(x_ND: Tensor, gate_EN: Tensor, w_in: Tensor, w_out: Tensor, k: int, backend: str, **options: Any) -> Tensor:
+    """Σ over a token's experts of probability · down(silu(gate) · up), with weights as transformers keeps them."""
+    indices, probs, _ = moe_route(x_ND.float() @ gate_EN.float().T, k, backend=backend, **options)
+    rows, offsets, inverse = moe_permute(x_ND, indices, len(gate_EN), backend=backend)
+    gate, up = grouped_gemm(rows, w_in.transpose(1, 2), offsets, backend=backend).chunk(2, -1)
+    y = grouped_gemm(swiglu(gate, up), w_out.transpose(1, 2), offsets, backend=backend)
+    return moe_unpermute(y, inverse, probs, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model", ["mixtral", "qwen3, normalised", "deepseek-v3"])
+def test_a_layer_equals_transformers(model: str, backend: str) -> None:
+    _, block, options = MODELS[model]()
+    filled(block)
+    if model.startswith("deepseek"):
+        for p in block.shared_experts.parameters():
+            torch.nn.init.zeros_(p)
+    weights = [block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj]
+    x = random(1, 9, 16, seed=1).float().requires_grad_()
+    theirs = block(x)
+    ours = layer(x[0], *weights, 3, has(backend), **options)
+    torch.testing.assert_close(ours, theirs[0], rtol=1e-5, atol=1e-6)
+    grads = (torch.autograd.grad(y.square().sum(), (x, *weights)) for y in (ours, theirs))
+    for our, their in zip(*grads, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5 * float(their.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalize": False},
+        {"score": "sigmoid"},
+        {"score": "sigmoid", "normalize": False, "scale": 0.3},
+        {"score": "sigmoid", "groups": 3, "top_groups": 2, "bias_E": torch.linspace(-1, 1, 9), "scale": 2.5},
+        {"bias_E": torch.linspace(-1, 1, 9)},
+    ],
+)
+def test_gradients_of_probabilities(options: dict[str, Any]) -> None:
+    logits = random(5, 9).requires_grad_()
+    assert gradcheck(lambda x: reference.moe_route(x, 3, **options)[1], logits)
+
+
+def test_gradients_of_rows_and_products() -> None:
+    x, probs = random(6, 4).requires_grad_(), random(6, 2, seed=1).requires_grad_()
+    indices = torch.tensor([[0, 3], [3, -1], [1, 0], [7, 3], [0, 1], [3, 0]])
+    _, offsets, inverse = reference.moe_permute(x, indices, 4, pad_to=3)
+    rows = random(20, 4, seed=2).requires_grad_()
+    w = random(4, 4, 5, seed=3).requires_grad_()
+    assert gradcheck(lambda x: reference.moe_permute(x, indices, 4, pad_to=3)[0], x)
+    assert gradcheck(lambda y, p: reference.moe_unpermute(y, inverse, p), (rows, probs))
+    assert gradcheck(lambda y, w: reference.grouped_gemm(y, w, offsets), (rows, w))
+
+
+def drawn(seed: int, tokens: int, k: int, experts: int, elsewhere: bool) -> tuple[Tensor, Tensor]:
+    """(x [N, 6], k different experts a token), some of them nobody's."""
+    indices = random(tokens, experts, seed=seed).argsort(-1)[:, :k]
+    return random(tokens, 6, seed=seed + 1).float(), indices - 1 if elsewhere else indices
+
+
+SHAPES = {
+    "seed": st.integers(0, 999),
+    "tokens": st.integers(0, 12),
+    "k": st.integers(1, 4),
+    "experts": st.integers(4, 9),
+    "elsewhere": st.booleans(),
+    "pad_to": st.sampled_from([None, 1, 2, 8]),
+}
+
+
+def check_permutation(
+    backend: str, seed: int, tokens: int, k: int, experts: int, elsewhere: bool, pad_to: int | None
+) -> None:
+    x, indices = drawn(seed, tokens, k, experts, elsewhere)
+    rows, offsets, inverse = moe_permute(x, indices, experts, pad_to=pad_to, backend=backend)
+    ends, here = offsets.tolist(), (indices >= 0) & (indices < experts)
+    assert ends[0] == 0 and ends == sorted(ends) and ends[-1] <= len(rows)
+    assert torch.equal(inverse >= 0, here)
+    taken = inverse[here]
+    assert len(taken.unique()) == len(taken)  # each slot its own row: every token computed once by each of its experts
+    for expert in range(experts):
+        mine = inverse[indices == expert]
+        assert mine.tolist() == list(range(ends[expert], ends[expert] + len(mine)))  # stable: in the order of tokens
+        assert ends[expert + 1] - ends[expert] == -(-len(mine) // (pad_to or 1)) * (pad_to or 1)
+    assert torch.equal(rows[taken], x[:, None].expand(-1, k, -1)[here])
+    unused = torch.ones(len(rows), dtype=torch.bool).index_fill(0, taken.long(), False)
+    assert not rows[unused].any()
+    back = moe_unpermute(rows, inverse, here / here.sum(1, keepdim=True).clamp(min=1), backend=backend)
+    torch.testing.assert_close(back, x * here.any(1, keepdim=True), rtol=1e-6, atol=1e-7)
+    again = moe_permute(x, indices, experts, pad_to=pad_to, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(again, (rows, offsets, inverse), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(**SHAPES)
+def test_there_and_back(backend: str, **shape: Any) -> None:
+    check_permutation(backend, **shape)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(**SHAPES)
+def test_there_and_back_in_triton(**shape: Any) -> None:
+    check_permutation(has("triton"), **shape)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 999),
+    size=st.integers(2, 6),
+    groups=st.sampled_from([1, 2, 5]),
+    coarse=st.booleans(),
+    biased=st.booleans(),
+    score=st.sampled_from(["softmax", "sigmoid"]),
+)
+def test_the_same_experts(
+    backend: str, seed: int, size: int, groups: int, coarse: bool, biased: bool, score: str
+) -> None:
+    experts, top = groups * size, max(1, groups - 1)
+    logits = random(7, experts, seed=seed).float()
+    logits = (logits * 2).round() / 2 if coarse else logits  # many ties
+    options: dict[str, Any] = {"score": score, "groups": groups, "top_groups": top}
+    options["bias_E"] = (random(experts, seed=seed + 1) * 2).round().float() if biased else None
+    indices, probs, counts = moe_route(logits, 2, backend=has(backend), **options)
+    theirs, their_probs, their_counts = reference.moe_route(logits, 2, **options)
+    assert torch.equal(indices, theirs) and torch.equal(counts, their_counts) and int(counts.sum()) == 14
+    torch.testing.assert_close(probs, their_probs, rtol=1e-6, atol=1e-7)
+    assert len({int(i) // size for i in indices[0]}) <= top
+
+
+def test_ranks_share_the_slots() -> None:
+    """Two ranks with half the experts each, which both have all tokens, give together what one gives."""
+    x, indices = drawn(3, 11, 3, 8, elsewhere=False)
+    w, probs = random(8, 6, 5, seed=4).float(), random(11, 3, seed=5).float()
+
+    def part(first: int, count: int) -> Tensor:
+        rows, offsets, inverse = moe_permute(x, indices - first, count)
+        return moe_unpermute(grouped_gemm(rows, w[first : first + count], offsets), inverse, probs)
+
+    torch.testing.assert_close(part(0, 4) + part(4, 4), part(0, 8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_reaches_the_probabilities(backend: str) -> None:
+    logits = torch.tensor([[0.0, float("nan"), 2.0, -float("inf")], [5.0, 5.0, -0.0, 0.0]])
+    for score in ("softmax", "sigmoid"):
+        indices, probs, _ = moe_route(logits, 2, score=score, backend=has(backend))
+        assert indices.tolist() == [[1, 2], [0, 1]] and bool(probs[0].isnan().all()) and not probs[1].isnan().any()
+    assert moe_route(logits[1:, 2:], 1, backend=backend)[0].tolist() == [[0]]  # -0 equals 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "grouped_mm"])
+def test_bf16_rows_and_wide_probabilities(backend: str) -> None:
+    x, w = random(12, 16).bfloat16().requires_grad_(), random(3, 16, 8, seed=1).bfloat16().requires_grad_()
+    probs = random(12, 2, seed=2).float().requires_grad_()
+    indices = torch.tensor([[0, 2], [2, -1], [0, -1]]).repeat(4, 1)
+    results = []
+    for product in (has(backend), "reference"):
+        rest = "reference" if product == "grouped_mm" else product
+        rows, offsets, inverse = moe_permute(x, indices, 3, backend=rest)
+        y = grouped_gemm(rows, w, offsets, backend=product)
+        assert not y[int(offsets[-1]) :].any()
+        out = moe_unpermute(y, inverse, probs, backend=rest)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), (x, w, probs))))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.detach().abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_layer_is_one_graph(backend: str) -> None:
+    weights = [random(4, 16, seed=1), random(4, 24, 16, seed=2), random(4, 16, 12, seed=3)]
+    results = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        x, *leaves = (t.float().requires_grad_() for t in (random(10, 16), *weights))
+        y = run(x, *leaves, 2, has(backend))
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, *leaves))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "triton"])
+def test_registered_ops_are_sound(kind: str) -> None:
+    if has(kind) == "triton":
+        from megalite_kernels.gpu import grouped_gemm, moe_permute, moe_route  # noqa: F401
+
+        logits = random(3, 6).float().requires_grad_()
+        parts = ("test_schema", "test_autograd_registration", "test_faketensor")  # the others add indices and floats
+        route = (logits, None, 2, False, True, 1, 1, 1.0)
+        torch.library.opcheck(torch.ops.megalite.triton_moe_route.default, route, test_utils=parts)
+    ops = torch.ops.megalite
+    x, w = random(4, 8).float().requires_grad_(), random(3, 8, 6, seed=1).float().requires_grad_()
+    probs, indices = random(4, 2, seed=2).float().requires_grad_(), torch.tensor([[0, 2], [2, 0], [0, -1], [2, 1]])
+    permute, unpermute, gemm = (
+        getattr(ops, f"{kind}_{name}").default for name in ("moe_permute", "moe_unpermute", "grouped_gemm")
+    )
+    torch.library.opcheck(permute, (x, indices, 3, 4))
+    rows, offsets, inverse = permute(x, indices, 3, 4)
+    rows = rows.detach().requires_grad_()
+    torch.library.opcheck(unpermute, (rows, inverse, probs))
+    torch.library.opcheck(gemm, (rows, w, offsets))
+
+
+def decided(op: str, device: str, chip: str, dtype: torch.dtype, **features: Any) -> Decision:
+    machine = Machine((("triton", "3.7.1"),), None)
+    return decide(OPS[op], Request(op, device, chip, dtype, tuple(features.items())), machine)
+
+
+def test_who_multiplies() -> None:
+    assert decided("grouped_gemm", "cuda", "sm_90", torch.bfloat16, aligned=True).backend == "grouped_mm"
+    ampere = decided("grouped_gemm", "cuda", "sm_80", torch.bfloat16, aligned=True)
+    assert ampere.backend == "triton" and "no kernel for sm_80" in str(ampere)
+    assert "bf16" in str(decided("grouped_gemm", "cuda", "sm_90", torch.float32, aligned=True))
+    assert "8 divides" in str(decided("grouped_gemm", "cuda", "sm_90", torch.bfloat16, aligned=False))
+    assert decided("grouped_gemm", "cpu", "", torch.float32).backend == "cpu"
+    wide = decided("moe_route", "cuda", "sm_90", torch.float32, columns=1024, k=8)
+    assert wide.backend == "reference" and "512 experts" in str(wide) and "a GPU would have to wait" in str(wide)
+    assert decided("moe_route", "cpu", "", torch.float64, columns=8, k=2).backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda x: moe_route(x, 9), "cannot choose 9 of 8"),
+        (lambda x: moe_route(x, 0), "cannot choose 0"),
+        (lambda x: moe_route(x, 2, score="relu"), "softmax or sigmoid"),
+        (lambda x: moe_route(x, 2, groups=3), "3 groups"),
+        (lambda x: moe_route(x, 3, groups=4, top_groups=1), "cannot choose 3 of 2"),
+        (lambda x: moe_route(x, 2, bias_E=x[0, :3]), "bias is"),
+        (lambda x: moe_permute(x, x, 8), "integers"),
+        (lambda x: moe_permute(x, x[:2].long(), 8), "integers"),
+        (lambda x: moe_permute(x, x.long(), 8, pad_to=0), "at least 1"),
+        (lambda x: moe_unpermute(x, x.int(), x[:, :2]), "probabilities like it"),
+        (lambda x: grouped_gemm(x, x[None], torch.zeros(2).int()), "w \\[E, D, F\\]"),
+        (lambda x: grouped_gemm(x, torch.ones(2, 8, 3), torch.zeros(2).int()), "offsets"),
+    ],
+)
+def test_refused(call: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        call(torch.ones(4, 8))
