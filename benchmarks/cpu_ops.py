@@ -138,10 +138,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     kernels.tune_allocator()
-    print(
-        f"{'ms of processor time':22}{'eager':>10}{'compiled':>10}{'ours':>10}{'eager/ours':>24}{'compiled/ours':>24}"
-    )
-    for name in OPS if options.ops == "all" else options.ops.split(","):
+    names = list(OPS) if options.ops == "all" else options.ops.split(",")
+    if not OPS.keys() >= set(names):
+        sys.exit(f"ops={options.ops}: there are {', '.join(OPS)}")
+    print(f"{'ms of processor time':22}{'eager':>10}{'compiled':>10}{'ours':>10}", end="")
+    print(f"{'eager/ours':>24}{'compiled/ours':>24}")
+    for name in names:
         steps = OPS[name]()
         for step in steps * 3:  # compiles, and touches all memory
             step()
