@@ -13,11 +13,13 @@ from megalite_kernels.linear import linear, weight_gradient
 from megalite_kernels.loss import linear_cross_entropy, vocabulary_parallel_cross_entropy
 from megalite_kernels.moe import grouped_gemm, moe_permute, moe_route, moe_unpermute
 from megalite_kernels.norm import layer_norm, rms_norm
+from megalite_kernels.optim import adamw_step, gradient_norm, newton_schulz
 from megalite_kernels.reference import IGNORE_INDEX
 from megalite_kernels.rope import apply_rope
 
 __all__ = [
     "IGNORE_INDEX",
+    "adamw_step",
     "apply_rope",
     "attention",
     "dequantize_fp8",
@@ -28,6 +30,7 @@ __all__ = [
     "geglu",
     "gelu",
     "gelu_tanh",
+    "gradient_norm",
     "grouped_gemm",
     "layer_norm",
     "linear",
@@ -35,6 +38,7 @@ __all__ = [
     "moe_permute",
     "moe_route",
     "moe_unpermute",
+    "newton_schulz",
     "quantize_fp8",
     "relu2",
     "rms_norm",

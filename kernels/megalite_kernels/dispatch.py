@@ -191,8 +191,8 @@ def _no_grouped_mm(request: Request, machine: Machine) -> str | None:
     """torch.nn.functional.grouped_mm: its kernel is for bf16 on sm_90 and later, and rows of whole 16 bytes."""
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return "this PyTorch has no grouped_mm"
-    if request.dtype != torch.bfloat16:
-        return "PyTorch's grouped_mm is for bf16"
+    if request.dtype != torch.bfloat16 or request.feature("bias", False):
+        return "PyTorch's grouped_mm is for bf16 and adds no bias"
     if request.device == "cuda" and request.chip not in ("sm_90", "sm_100"):
         return f"PyTorch's grouped_mm has no kernel for {request.chip}"
     return None if request.feature("aligned", True) else "grouped_mm needs widths that 8 divides, and a dense weight"

@@ -29,9 +29,13 @@ class Launch:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **named: Any
-) -> None:
-    """Run kernel[grid](*arguments, **named). A grid without programs does nothing, as GPUs refuse an empty one."""
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2,
+    reaches: Any = (), **named: Any,
+) -> None:  # fmt: skip
+    """Run kernel[grid](*arguments, **named). A grid without programs does nothing, as GPUs refuse an empty one.
+
+    `reaches`: tensors that the kernel finds by their addresses, for the watch on memory.
+    """
     if not all(grid):
         return
     recorder = _recorder.get()
@@ -43,7 +47,7 @@ def launch(
     else:
         from megalite_kernels.gpu.interpret import interpret
 
-        interpret(kernel, grid, bound)
+        interpret(kernel, grid, bound, reaches)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ def config(chip: Chip, mx: bool) -> dict[str, int]:
     block = 32 if mx else 128
     if not hardware(chip):
         return {"TILE_M": 64, "TILE_N": 128, "BLOCK_K": block, "num_stages": 2, "num_warps": 8}
-    return {"TILE_M": 128, "TILE_N": 128, "BLOCK_K": block, "num_stages": 3, "num_warps": 8}
+    return {"TILE_M": 128, "TILE_N": 64 if mx else 128, "BLOCK_K": block, "num_stages": 3, "num_warps": 8}
 
 
 @triton.jit

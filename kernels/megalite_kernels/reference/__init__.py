@@ -8,6 +8,7 @@ from megalite_kernels.reference.attention import attention, visible
 from megalite_kernels.reference.fp8 import dequantize_fp8, fp8_amax, fp8_scale, quantize_fp8, scaled_mm
 from megalite_kernels.reference.loss import IGNORE_INDEX, linear_cross_entropy
 from megalite_kernels.reference.moe import grouped_gemm, moe_permute, moe_route, moe_unpermute
+from megalite_kernels.reference.optim import adamw_step, gradient_norm, newton_schulz
 from megalite_kernels.reference.rows import (
     apply_rope,
     embedding,
@@ -26,6 +27,7 @@ from megalite_kernels.reference.wide import accumulation_dtype
 __all__ = [
     "IGNORE_INDEX",
     "accumulation_dtype",
+    "adamw_step",
     "apply_rope",
     "attention",
     "dequantize_fp8",
@@ -35,6 +37,7 @@ __all__ = [
     "geglu",
     "gelu",
     "gelu_tanh",
+    "gradient_norm",
     "grouped_gemm",
     "layer_norm",
     "linear",
@@ -42,6 +45,7 @@ __all__ = [
     "moe_permute",
     "moe_route",
     "moe_unpermute",
+    "newton_schulz",
     "quantize_fp8",
     "relu2",
     "rms_norm",
