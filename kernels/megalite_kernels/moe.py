@@ -117,26 +117,34 @@ def moe_unpermute(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None = No
     return out
 
 
-def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, *, backend: str = "auto") -> Tensor:
-    """Rows offsets[e] to offsets[e + 1] of x times w[e], for every expert -> [M, F]; rows from offsets[E] on are zero.
+def grouped_gemm(
+    x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Rows offsets[e] to offsets[e + 1] of x times w[e], plus bias[e] -> [M, F]; rows from offsets[E] on are zero.
 
     offsets: [E + 1] int32 from 0, rising, at most M. A weight kept as [E, F, D], as F.linear's are, goes in as its
-    transpose, without a copy. Differentiable by both; an expert without rows has a gradient of zero.
+    transpose, without a copy. Differentiable by all three; an expert without rows has a gradient of zero.
     Raises ValueError for tensors that don't belong together.
     """
     fits = x_MD.dim() == 2 and w_EDF.dim() == 3 and x_MD.shape[1] == w_EDF.shape[1] and x_MD.dtype == w_EDF.dtype
     if not fits or offsets.shape != (w_EDF.shape[0] + 1,) or offsets.dtype != torch.int32:
         shapes = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (x_MD, w_EDF, offsets))
         raise ValueError(f"grouped_gemm: needs x [M, D], w [E, D, F] of one dtype, int32 offsets [E + 1], not {shapes}")
+    if bias_EF is not None and (bias_EF.shape != w_EDF.shape[::2] or bias_EF.dtype != w_EDF.dtype):
+        raise ValueError(f"grouped_gemm: bias is {bias_EF.dtype} {list(bias_EF.shape)}, not [E, F] of the weight's")
     dense = 1 in w_EDF.stride()[1:] and not any(size % 8 for size in w_EDF.shape[1:])
-    chosen = choose("grouped_gemm", backend, x_MD.device.type, x_MD.dtype, (("aligned", dense),))
+    features = (("aligned", dense), ("bias", bias_EF is not None))
+    chosen = choose("grouped_gemm", backend, x_MD.device.type, x_MD.dtype, features)
     if chosen == "reference":
-        return reference.grouped_gemm(x_MD, w_EDF, offsets)
+        return reference.grouped_gemm(x_MD, w_EDF, offsets, bias_EF)
+    if chosen == "grouped_mm":
+        into: Tensor = _GroupedMM.apply(x_MD, w_EDF, offsets)
+        return into
     if chosen == "triton":
         from megalite_kernels.gpu.grouped_gemm import grouped_gemm as product
     else:
         product = moe_cpu.grouped_gemm
-    y: Tensor = _GroupedMM.apply(x_MD, w_EDF, offsets) if chosen == "grouped_mm" else product(x_MD, w_EDF, offsets)
+    y: Tensor = product(x_MD, w_EDF, offsets, bias_EF)
     return y
 
 

@@ -108,18 +108,18 @@ def _(
 
 
 @torch.library.custom_op("megalite::cpu_grouped_gemm", mutates_args=())
-def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor) -> Tensor:
+def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None) -> Tensor:
     """`grouped_gemm`."""
     y = x_MD.new_empty((len(x_MD), w_EDF.shape[2]))
     ends = offsets.tolist()
     for expert, (first, last) in enumerate(pairwise(ends)):
-        _product(x_MD[first:last], w_EDF[expert], y[first:last])
+        _product(x_MD[first:last], w_EDF[expert], y[first:last], None if bias_EF is None else bias_EF[expert])
     y[ends[-1] :] = 0.0
     return y
 
 
 @grouped_gemm.register_fake
-def _(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor) -> Tensor:
+def _(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None) -> Tensor:
     return x_MD.new_empty((x_MD.shape[0], w_EDF.shape[2]))
 
 
@@ -138,9 +138,23 @@ def _(x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_EDF: Tensor) -> Tenso
     return torch.empty_like(like_EDF)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+@torch.library.custom_op("megalite::cpu_grouped_gemm_bias", mutates_args=())
+def grouped_gemm_bias(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each expert's sum over its rows, [E, F]."""
+    return torch.stack([widen(grad_MF[a:b]).sum(0) for a, b in pairwise(offsets.tolist())]).to(dtype)
+
+
+@grouped_gemm_bias.register_fake
+def _(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad_MF.new_empty((offsets.shape[0] - 1, grad_MF.shape[1]), dtype=dtype)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     if a.dtype == torch.bfloat16 and emulate_bf16_on_cpu():
-        out.copy_(a.float() @ b.float())
+        wide = a.float() @ b.float()
+        out.copy_(wide if bias is None else wide + bias)
+    elif bias is not None:
+        torch.addmm(bias, a, b, out=out)
     else:
         torch.mm(a, b, out=out)
 
@@ -166,15 +180,18 @@ def _differentiate_unpermute(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 
 
 def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:3])
+    ctx.bias_dtype = None if inputs[3] is None else inputs[3].dtype
 
 
 def _differentiate_product(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, w, offsets = ctx.saved_tensors
-    need_x, need_w, _ = ctx.needs_input_grad
-    grad_x = torch.ops.megalite.cpu_grouped_gemm(grad, w.transpose(1, 2), offsets) if need_x else None
-    grad_w = torch.ops.megalite.cpu_grouped_gemm_weights(x, grad, offsets, w) if need_w else None
-    return grad_x, grad_w, None
+    need_x, need_w, _, need_bias = ctx.needs_input_grad
+    ops = torch.ops.megalite
+    grad_x = ops.cpu_grouped_gemm(grad, w.transpose(1, 2), offsets, None) if need_x else None
+    grad_w = ops.cpu_grouped_gemm_weights(x, grad, offsets, w) if need_w else None
+    grad_bias = ops.cpu_grouped_gemm_bias(grad, offsets, ctx.bias_dtype) if need_bias else None
+    return grad_x, grad_w, None, grad_bias
 
 
 permute.register_autograd(_differentiate_permute, setup_context=_save_permute)

@@ -146,7 +146,8 @@ def test_gradients_of_rows_and_products() -> None:
     w = random(4, 4, 5, seed=3).requires_grad_()
     assert gradcheck(lambda x: reference.moe_permute(x, indices, 4, pad_to=3)[0], x)
     assert gradcheck(lambda y, p: reference.moe_unpermute(y, inverse, p), (rows, probs))
-    assert gradcheck(lambda y, w: reference.grouped_gemm(y, w, offsets), (rows, w))
+    bias = random(4, 5, seed=4).requires_grad_()
+    assert gradcheck(lambda y, w, b: reference.grouped_gemm(y, w, offsets, b), (rows, w, bias))
 
 
 def drawn(seed: int, tokens: int, k: int, experts: int, elsewhere: bool) -> tuple[Tensor, Tensor]:
@@ -296,7 +297,7 @@ def test_registered_ops_are_sound(kind: str) -> None:
     rows, offsets, inverse = permute(x, indices, 3, 4)
     rows = rows.detach().requires_grad_()
     torch.library.opcheck(unpermute, (rows, inverse, probs))
-    torch.library.opcheck(gemm, (rows, w, offsets))
+    torch.library.opcheck(gemm, (rows, w, offsets, random(3, 6, seed=3).float().requires_grad_()))
 
 
 def decided(op: str, device: str, chip: str, dtype: torch.dtype, **features: Any) -> Decision:
@@ -309,6 +310,7 @@ def test_who_multiplies() -> None:
     ampere = decided("grouped_gemm", "cuda", "sm_80", torch.bfloat16, aligned=True)
     assert ampere.backend == "triton" and "no kernel for sm_80" in str(ampere)
     assert "bf16" in str(decided("grouped_gemm", "cuda", "sm_90", torch.float32, aligned=True))
+    assert "no bias" in str(decided("grouped_gemm", "cuda", "sm_90", torch.bfloat16, aligned=True, bias=True))
     assert "8 divides" in str(decided("grouped_gemm", "cuda", "sm_90", torch.bfloat16, aligned=False))
     assert decided("grouped_gemm", "cpu", "", torch.float32).backend == "cpu"
     wide = decided("moe_route", "cuda", "sm_90", torch.float32, columns=1024, k=8)
@@ -331,6 +333,7 @@ def test_who_multiplies() -> None:
         (lambda x: moe_unpermute(x, x.int(), x[:, :2]), "probabilities like it"),
         (lambda x: grouped_gemm(x, x[None], torch.zeros(2).int()), "w \\[E, D, F\\]"),
         (lambda x: grouped_gemm(x, torch.ones(2, 8, 3), torch.zeros(2).int()), "offsets"),
+        (lambda x: grouped_gemm(x, torch.ones(2, 8, 3), torch.zeros(3).int(), torch.ones(2, 8)), "bias is"),
     ],
 )
 def test_refused(call: Any, said: str) -> None:

@@ -23,7 +23,7 @@ NEIGHBOURS = tl.constexpr(8)
 def config(chip: Chip, dtype: torch.dtype, rows: int, experts: int) -> dict[str, int]:
     """Tiles [BM, BN] with steps of BK, warps and stages; few rows an expert get tiles of few rows."""
     if dtype.itemsize == 4:
-        return {"BM": 64, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
+        return {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
     bm = 128 if rows > 64 * experts else 64
     if chip.name == "gfx942":
         return {"BM": bm, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 2}
@@ -33,7 +33,7 @@ def config(chip: Chip, dtype: torch.dtype, rows: int, experts: int) -> dict[str,
 def weight_config(chip: Chip, dtype: torch.dtype) -> dict[str, int]:
     """Tiles [BD, BF] of a weight's gradient, and rows of a step."""
     if dtype.itemsize == 4:
-        return {"BD": 64, "BF": 64, "BK": 32, "num_warps": 8, "num_stages": 2}
+        return {"BD": 64, "BF": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
     if chip.name == "gfx942":
         return {"BD": 128, "BF": 128, "BK": 32, "num_warps": 4, "num_stages": 2}
     return {"BD": 128, "BF": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
@@ -41,8 +41,8 @@ def weight_config(chip: Chip, dtype: torch.dtype) -> dict[str, int]:
 
 @triton.jit
 def _rows(
-    x_ptr, w_ptr, offsets_ptr, y_ptr, rows, depth, width, experts, tiles, stride_e, stride_d, stride_f,
-    EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, offsets_ptr, y_ptr, rows, depth, width, experts, tiles, stride_e, stride_d, stride_f,
+    EXPERTS: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(width, BN)
     program = tl.program_id(0)
@@ -70,6 +70,10 @@ def _rows(
             total = tl.dot(x, w, total, input_precision="ieee")
             x_ptrs += BK
             w_ptrs += BK * stride_d
+        if BIAS:
+            known = (column < width) & (mine < experts)
+            bias = tl.load(bias_ptr + mine.to(tl.int64) * width + column, mask=known, other=0.0)
+            total += bias.to(tl.float32)[None, :]
         inside = (row < end)[:, None] & (column < width)[None, :]
         place = row[:, None] * width + column[None, :]
         tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=inside)
@@ -99,15 +103,34 @@ def _weights(
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=(d < depth)[:, None] & (f < width)[None, :])
 
 
-def rows(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, chip: Chip | None = None) -> Tensor:
-    """y [M, F] = x · w of each row's expert, of contiguous x and any strides of w."""
+@triton.jit
+def _sums(grad_ptr, offsets_ptr, out_ptr, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    expert = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.load(offsets_ptr + expert).to(tl.int64)
+    end = tl.load(offsets_ptr + expert + 1)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(start, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < end)[:, None] & (column < width)[None, :]
+        grad = tl.load(grad_ptr + row[:, None] * width + column[None, :], mask=inside, other=0.0)
+        total += tl.sum(grad.to(tl.float32), axis=0)
+    place = expert.to(tl.int64) * width + column
+    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=column < width)
+
+
+def rows(
+    x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None = None, chip: Chip | None = None
+) -> Tensor:
+    """y [M, F] = x · w + bias of each row's expert, of contiguous x and any strides of w."""
     (count, depth), (experts, _, width) = x_MD.shape, w_EDF.shape
     y = x_MD.new_empty((count, width))
     options = config(chip or chip_of(x_MD.device), x_MD.dtype, count, experts)
     tiles = count // options["BM"] + experts + 1 if count else 0
     launch(
-        _rows, (tiles * triton.cdiv(width, options["BN"]),), x_MD, w_EDF, offsets, y, count, depth, width, experts,
-        tiles, *w_EDF.stride(), EXPERTS=triton.next_power_of_2(experts + 1), **options,
+        _rows, (tiles * triton.cdiv(width, options["BN"]),), x_MD, w_EDF, bias_EF, offsets, y, count, depth, width,
+        experts, tiles, *w_EDF.stride(), EXPERTS=triton.next_power_of_2(experts + 1), BIAS=bias_EF is not None,
+        **options,
     )  # fmt: skip
     return y
 
@@ -122,14 +145,22 @@ def weights(x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_EDF: Tensor, ch
     return out
 
 
+def sums(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each expert's sum over its rows, [E, F]: the gradient of its bias."""
+    width, experts = grad_MF.shape[1], len(offsets) - 1
+    out = grad_MF.new_empty((experts, width), dtype=dtype)
+    launch(_sums, (triton.cdiv(width, 128), experts), grad_MF, offsets, out, width, ROWS=32, BLOCK=128)
+    return out
+
+
 @torch.library.custom_op("megalite::triton_grouped_gemm", mutates_args=())
-def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor) -> Tensor:
+def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None) -> Tensor:
     """`rows`, differentiable."""
-    return rows(x_MD.contiguous(), w_EDF, offsets)
+    return rows(x_MD.contiguous(), w_EDF, offsets, None if bias_EF is None else bias_EF.contiguous())
 
 
 @grouped_gemm.register_fake
-def _(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor) -> Tensor:
+def _(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None) -> Tensor:
     return x_MD.new_empty((x_MD.shape[0], w_EDF.shape[2]))
 
 
@@ -143,16 +174,29 @@ def _(x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_EDF: Tensor) -> Tenso
     return torch.empty_like(like_EDF)
 
 
+@torch.library.custom_op("megalite::triton_grouped_gemm_bias", mutates_args=())
+def grouped_gemm_bias(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    return sums(grad_MF.contiguous(), offsets, dtype)
+
+
+@grouped_gemm_bias.register_fake
+def _(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad_MF.new_empty((offsets.shape[0] - 1, grad_MF.shape[1]), dtype=dtype)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:3])
+    ctx.bias_dtype = None if inputs[3] is None else inputs[3].dtype
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, w, offsets = ctx.saved_tensors
-    need_x, need_w, _ = ctx.needs_input_grad
-    grad_x = torch.ops.megalite.triton_grouped_gemm(grad, w.transpose(1, 2), offsets) if need_x else None
-    grad_w = torch.ops.megalite.triton_grouped_gemm_weights(x, grad, offsets, w) if need_w else None
-    return grad_x, grad_w, None
+    need_x, need_w, _, need_bias = ctx.needs_input_grad
+    ops = torch.ops.megalite
+    grad_x = ops.triton_grouped_gemm(grad, w.transpose(1, 2), offsets, None) if need_x else None
+    grad_w = ops.triton_grouped_gemm_weights(x, grad, offsets, w) if need_w else None
+    grad_bias = ops.triton_grouped_gemm_bias(grad, offsets, ctx.bias_dtype) if need_bias else None
+    return grad_x, grad_w, None, grad_bias
 
 
 grouped_gemm.register_autograd(_differentiate, setup_context=_save)

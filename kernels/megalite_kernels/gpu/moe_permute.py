@@ -29,33 +29,37 @@ def config(chip: Chip, width: int) -> dict[str, int]:
 
 
 @triton.jit
+def _experts(indices_ptr, slot, slots, experts):
+    """int32 experts of the slots, -1 where an index is no expert's."""
+    index = tl.load(indices_ptr + slot, mask=slot < slots, other=-1)
+    return tl.where((index >= 0) & (index < experts), index, -1).to(tl.int32)
+
+
+@triton.jit
 def _count(indices_ptr, counts_ptr, slots, experts, SLOTS: tl.constexpr, STEP: tl.constexpr, EXPERTS: tl.constexpr):
     block = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
     counts = tl.zeros([EXPERTS], tl.int32)
     for first in range(block * SLOTS, block * SLOTS + SLOTS, STEP):
         slot = first + tl.arange(0, STEP)
-        index = tl.load(indices_ptr + slot, mask=slot < slots, other=-1).to(tl.int32)
+        index = _experts(indices_ptr, slot, slots, experts)
         counts += tl.sum((index[:, None] == expert[None, :]).to(tl.int32), axis=0)
     tl.store(counts_ptr + block.to(tl.int64) * experts + expert, counts, mask=expert < experts)
 
 
 @triton.jit
-def _place(
-    indices_ptr, starts_ptr, inverse_ptr, slots, experts, SLOTS: tl.constexpr, STEP: tl.constexpr
-):  # fmt: skip
+def _place(indices_ptr, starts_ptr, inverse_ptr, slots, experts, SLOTS: tl.constexpr, STEP: tl.constexpr):
     block = tl.program_id(0)
     slot = block * SLOTS + tl.arange(0, SLOTS)
-    index = tl.load(indices_ptr + slot, mask=slot < slots, other=-1)
+    index = _experts(indices_ptr, slot, slots, experts)
     earlier = tl.zeros([SLOTS], tl.int32)  # slots of the same expert in this block
     for first in range(block * SLOTS, block * SLOTS + SLOTS, STEP):
         other = first + tl.arange(0, STEP)
-        others = tl.load(indices_ptr + other, mask=other < slots, other=-1)
+        others = _experts(indices_ptr, other, slots, experts)
         same = (index[:, None] == others[None, :]) & (other[None, :] < slot[:, None])
         earlier += tl.sum(same.to(tl.int32), axis=1)
-    here = (index >= 0) & (index < experts)
-    start = tl.load(starts_ptr + block.to(tl.int64) * experts + index, mask=here, other=0)
-    tl.store(inverse_ptr + slot, tl.where(here, start + earlier, -1), mask=slot < slots)
+    start = tl.load(starts_ptr + block.to(tl.int64) * experts + index, mask=index >= 0, other=0)
+    tl.store(inverse_ptr + slot, tl.where(index >= 0, start + earlier, -1), mask=slot < slots)
 
 
 @triton.jit

@@ -119,9 +119,11 @@ def moe_unpermute(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None = No
     return rows.sum(1).to(y_MD.dtype)
 
 
-def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor) -> Tensor:
-    """Rows offsets[e] to offsets[e + 1] of x times w[e], for every expert -> [M, F]; rows from offsets[E] on: zero."""
+def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None = None) -> Tensor:
+    """Rows offsets[e] to offsets[e + 1] of x times w[e], plus bias[e] -> [M, F]; rows from offsets[E] on: zero."""
     ends = offsets.tolist()
     parts = [widen(x_MD[a:b]) @ widen(w) for (a, b), w in zip(pairwise(ends), w_EDF, strict=True)]
+    if bias_EF is not None:
+        parts = [part + widen(bias) for part, bias in zip(parts, bias_EF, strict=True)]
     rest = x_MD.new_zeros(len(x_MD) - ends[-1], w_EDF.shape[2], dtype=accumulation_dtype(x_MD.dtype))
     return torch.cat((*parts, rest)).to(x_MD.dtype)

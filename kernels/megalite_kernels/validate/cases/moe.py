@@ -57,8 +57,8 @@ def _transposed(x: Tensor, w: Tensor, offsets: Tensor, *, backend: str) -> objec
     return grouped_gemm(x, w.transpose(1, 2), offsets, backend=backend)
 
 
-def _gemm(x: Tensor, w: Tensor, offsets: Tensor, *, backend: str) -> object:
-    return grouped_gemm(x, w, offsets, backend=backend)
+def _gemm(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None, *, backend: str) -> object:
+    return grouped_gemm(x, w, offsets, bias, backend=backend)
 
 
 SPECIAL = torch.tensor(
@@ -135,6 +135,10 @@ GEMMS = (
         "grouped_gemm", "weights transposed", lambda: (random(80, 48), random(3, 36, 48), _offsets(10, 40, 30)),
         _transposed,
     ),
+    Case(
+        "grouped_gemm", "bias",
+        lambda: (random(75, 16), random(4, 16, 20), _offsets(3, 0, 60, 7), random(4, 20, seed=2)), _gemm,
+    ),
     Case("grouped_gemm", "strided", lambda: (random(64, 50).T, random(2, 64, 24), _offsets(13, 30)), _gemm),
 )  # fmt: skip
 CASES = (*ROUTES, *PERMUTES, *GEMMS)
@@ -172,12 +176,17 @@ def _permute_both_ways(tokens: int, experts: int, k: int, width: int, dtype: tor
     gpu_permute.spread(x, inverse, rows, probs.float(), gathered, chip)
 
 
-def _gemm_both_ways(rows: int, experts: int, depth: int, width: int, dtype: torch.dtype, chip: Chip) -> None:
+def _gemm_both_ways(
+    rows: int, experts: int, depth: int, width: int, dtype: torch.dtype, chip: Chip, bias: bool = False
+) -> None:
     x, w = _meta(rows, depth, dtype=dtype), _meta(experts, width, depth, dtype=dtype).transpose(1, 2)
     offsets = _meta(experts + 1, dtype=torch.int32)
-    y = gpu_gemm.rows(x, w, offsets, chip)
-    gpu_gemm.rows(y, w.transpose(1, 2), offsets, chip)
+    y = gpu_gemm.rows(x, w, offsets, None, chip)
+    gpu_gemm.rows(y, w.transpose(1, 2), offsets, None, chip)
     gpu_gemm.weights(x, y, offsets, w, chip)
+    if bias:
+        gpu_gemm.rows(x, w, offsets, _meta(experts, width, dtype=dtype), chip)
+        gpu_gemm.sums(y, offsets, dtype)
 
 
 def _gemm_moves(rows: int, experts: int, depth: int, width: int, size: int = 2) -> Traffic:
@@ -196,7 +205,7 @@ def _sweeps() -> list[Sweep]:
         found.append(Sweep("moe_permute", f"{name}, {tokens} tokens", permute))
         for what, depth, out in (("in", width, 2 * hidden), ("out", hidden, width)):
             shape = tokens * k, experts, depth, out
-            run = partial(_gemm_both_ways, *shape, torch.bfloat16)
+            run = partial(_gemm_both_ways, *shape, torch.bfloat16, bias=name.startswith("gpt-oss"))
             found.append(Sweep("grouped_gemm", f"{name}, {what}", run, products=True, moves=_gemm_moves(*shape)))
     return found
 
