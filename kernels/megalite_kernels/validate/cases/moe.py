@@ -61,6 +61,45 @@ def _gemm(x: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None, *, 
     return grouped_gemm(x, w, offsets, bias, backend=backend)
 
 
+def _gemm_traffic(counts: tuple[int, ...], depth: int, width: int) -> Traffic:
+    """Three float32 products in tiles of 64³/2: forward, dX, dW.
+
+    A program that has a tile of rows loads them and a slice of its expert's weight; every program finds its expert in
+    the offsets. dW's load an expert's rows once for each tile across the other side.
+    """
+    tile, step, rows, experts = 64, 32, sum(counts), len(counts)
+    tiles = sum(-(-count // tile) for count in counts)
+    launched = rows // tile + experts + 1
+
+    def product(inner: int, outer: int) -> tuple[int, int, int]:
+        across = -(-outer // tile)
+        found = launched * across * (experts + 1 + 2) - across  # the group after the last expert has no end to load
+        loaded = rows * inner * across + tiles * inner * outer + found
+        return 4 * loaded, 4 * rows * outer, 2 * tiles * tile * across * tile * -(-inner // step) * step
+
+    deep, across = -(-depth // tile), -(-width // tile)
+    steps = sum(-(-count // step) for count in counts)
+    weights = rows * (depth * across + width * deep) + 2 * experts * deep * across
+    there, back = product(depth, width), product(width, depth)
+    flops = 2 * deep * across * tile * tile * steps * step
+    stored = there[1] + back[1] + 4 * experts * depth * width
+    return Traffic(there[0] + back[0] + 4 * weights, stored, there[2] + back[2] + flops)
+
+
+def _route_traffic(tokens: int, experts: int, k: int) -> Traffic:
+    """Logits once each way; probabilities and int64 indices written, and read back; counts of one program."""
+    logits, slots = 4 * tokens * experts, tokens * k
+    return Traffic(2 * logits + 12 * slots, logits + 12 * slots + 4 * experts)
+
+
+def _permute_traffic(tokens: int, k: int, experts: int, width: int) -> Traffic:
+    """A row is read once and written k times, and k times and once on the way back. The sort reads indices three
+    times, and four bytes a slot say where its expert begins, and twice where it lies; a byte, that its row is used."""
+    slots, blocks, row = tokens * k, -(-tokens * k // gpu_permute.SLOTS), 4 * width
+    loaded = 8 * slots * 3 + 4 * slots * 3 + slots + (tokens + slots) * row
+    return Traffic(loaded, 4 * blocks * experts + 4 * slots + slots + (tokens + slots) * row)
+
+
 SPECIAL = torch.tensor(
     [[0.0, -0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [-INF, 1.0, -INF, -INF], [NAN, 1.0, 2.0, 3.0], [1.0, -INF, 0.0, NAN]],
     dtype=torch.float64,
@@ -68,7 +107,7 @@ SPECIAL = torch.tensor(
 DEEPSEEK: dict[str, Any] = {"k": 4, "score": "sigmoid", "groups": 4, "top_groups": 2, "scale": 2.5}
 
 ROUTES = (
-    Case("moe_route", "21 tokens, 2 of 8", lambda: (random(21, 8),), _route),
+    Case("moe_route", "21 tokens, 2 of 8", lambda: (random(21, 8),), _route, traffic=_route_traffic(21, 8, 2)),
     Case("moe_route", "not normalised, 3 of 60", lambda: (random(19, 60),), partial(_route, k=3, normalize=False)),
     Case("moe_route", "sigmoid, groups, bias", lambda: (random(35, 24), _bias(24)), partial(_route, **DEEPSEEK)),
     Case(
@@ -106,7 +145,7 @@ PERMUTES = (
     ),
     Case(
         "moe_permute", "two blocks of slots", lambda: (random(23, 8), _choices(23, 6, 7)),
-        partial(_permute, experts=7),
+        partial(_permute, experts=7), traffic=_permute_traffic(23, 6, 7, 8),
     ),
     Case("moe_permute", "all to one of 9", lambda: (random(9, 16), _same(8, 9)), partial(_permute, experts=9)),
     Case("moe_permute", "none here", lambda: (random(6, 8), _same(-1, 6, 2)), partial(_permute, experts=2)),
@@ -125,6 +164,7 @@ GEMMS = (
     Case(
         "grouped_gemm", "empty experts, ragged",
         lambda: (random(140, 40), random(5, 40, 72), _offsets(66, 0, 1, 73, 0)), _gemm,
+        traffic=_gemm_traffic((66, 0, 1, 73, 0), 40, 72),
     ),
     Case("grouped_gemm", "rows of nobody", lambda: (random(90, 40), random(3, 40, 24), _offsets(20, 33, 4)), _gemm),
     Case("grouped_gemm", "all to one", lambda: (random(70, 32), random(4, 32, 48), _offsets(0, 0, 70, 0)), _gemm),
