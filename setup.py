@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 TEST = [
     *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "scipy", "setuptools", "wheel"),
-    *("transformers>=5", "tensorboard", "wandb"),
+    *("transformers>=5", "tensorboard", "wandb", "matplotlib>=3.9"),
 ]
 
 setup(
@@ -51,7 +51,7 @@ setup(
         "hf": ["transformers>=5"],
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "import-linter"],
-        "bench": ["transformers>=5", "lightning-fabric", "datasets", "psutil"],
+        "bench": ["transformers>=5", "lightning-fabric", "datasets", "psutil", "matplotlib>=3.9"],
     },
     entry_points={"console_scripts": ["megalite=megalite.cli:main"]},
 )

@@ -21,11 +21,12 @@ VERBS = {
     "data": ("megalite.cli.data", "build, inspect: text, JSONL or Parquet into an indexed dataset; train a tokenizer"),
     "checkpoint": ("megalite.cli.checkpoint", "inspect, verify, import from and export to Hugging Face folders"),
     "schedule": ("megalite.cli.schedule", "draw, check, simulate a pipeline schedule"),
+    "bench": ("megalite.cli.bench", "time an op's kernels beside other packages, at a model's shapes"),
     "report": ("megalite.cli.report", "self-contained HTML report of a run"),
     "config": ("megalite.cli.config", "the resolved configuration, where each value came from, every violated rule"),
     "doctor": ("megalite.cli.doctor", "what is on this machine, what works, what to install"),
 }
-PROMISED = ("rehearse", "plan", "sweep", "bench", "launch")
+PROMISED = ("rehearse", "plan", "sweep", "launch")
 USER_ERRNOS = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ENOENT", "ENAMETOOLONG")

@@ -1,0 +1,41 @@
+"""Every op of megalite_kernels beside all that is installed, at a model's shapes: CSV, JSON and a picture of each.
+
+    python benchmarks/kernels/run_all.py [--against sdpa,flash_attn] [any other option of megalite bench] [out=FOLDER]
+
+`out` (default: kernels_DEVICE) keeps what was measured; a later run with
+the same `out` is held against it (tolerance=0.1) and writes beside it: exit code 1 if something became slower.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from megalite.cli import main
+from megalite.cli.bench import OPS, as_words
+
+
+def run_all(words: list[str]) -> int:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    named = [word.removeprefix("out=") for word in words if word.startswith("out=")]
+    out = Path(named[-1] if named else f"kernels_{device}".replace(" ", "_").lower())
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for op in OPS:
+        before = out / f"{op}.json"
+        name = f"{op}.new" if before.exists() else op
+        files = [
+            f"{kind}={out / name}.{suffix}" for kind, suffix in (("csv", "csv"), ("json", "json"), ("plot", "png"))
+        ]
+        held = [f"baseline={before}"] if before.exists() else []
+        print(f"\n{op}", flush=True)
+        if main(["bench", op, *(word for word in words if not word.startswith("out=")), *files, *held]):
+            failed.append(op)
+    print(
+        f"\n{out}: {len(OPS) - len(failed)} of {len(OPS)} ops" + (f"; see above: {', '.join(failed)}" if failed else "")
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_all(as_words(sys.argv[1:])))
