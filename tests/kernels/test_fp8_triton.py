@@ -153,3 +153,22 @@ def test_registered_ops_are_sound() -> None:
     product = (codes, scale, codes, scale, "rowwise", "rowwise", torch.bfloat16)
     only = ("test_faketensor", "test_autograd_registration")  # the others compare inputs by sums that FP8 lacks
     torch.library.opcheck(torch.ops.megalite.triton_scaled_mm.default, product, test_utils=only)
+
+
+@pytest.mark.parametrize(("dtype", "cast"), [(E4M3, "e4m3x2"), (E5M2, "e5m2x2")], ids=str)
+def test_hopper_rounds_by_the_instruction_that_is_interpreted(dtype: torch.dtype, cast: str) -> None:
+    """One cast, to nearest even and saturating; divisions rounded properly, nothing flushed to zero."""
+    import triton
+    from megalite_kernels.gpu.compile import signature
+    from megalite_kernels.gpu.launch import recording
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    with recording() as launches:
+        x = torch.empty((256, 256), dtype=torch.bfloat16, device="meta")
+        quantize.forward(x, "blockwise_1x128", dtype, False, None, False, CHIPS["sm_90"])
+    types, constants, attributes = signature(launches[0])
+    source = ASTSource(fn=launches[0].kernel, signature=types, constexprs=constants, attrs=attributes)
+    assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert f"cvt.rn.satfinite.{cast}.f32" in assembly and "div.rn.f32" in assembly
+    assert "div.full" not in assembly and ".ftz" not in assembly

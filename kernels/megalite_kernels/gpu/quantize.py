@@ -60,6 +60,13 @@ def _power(code):
 
 
 @triton.jit
+def _tile(columns, TILE_K: tl.constexpr):
+    """(tile down, tile across) of this program, in int64: rows · columns may pass 2³¹. A grid's other axes are short."""
+    across = tl.cdiv(columns, TILE_K)
+    return (tl.program_id(0) // across).to(tl.int64), (tl.program_id(0) % across).to(tl.int64)
+
+
+@triton.jit
 def _amax_of(x, G_M: tl.constexpr, G_K: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr):
     """Bits of the largest |x| of every group of the tile [TILE_M / G_M, TILE_K / G_K]."""
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -68,14 +75,15 @@ def _amax_of(x, G_M: tl.constexpr, G_K: tl.constexpr, TILE_M: tl.constexpr, TILE
 
 @triton.jit
 def _write(
-    x, m, k, inside, scale_ptr, codes_ptr, rows, columns, scale_stride_m, scale_stride_k, code_stride_m, code_stride_k,
+    x, tile_m, tile_k, m, k, inside, scale_ptr, codes_ptr, rows, columns, scale_stride_m, scale_stride_k,
+    code_stride_m, code_stride_k,
     GIVEN: tl.constexpr, MX: tl.constexpr, POWER_OF_TWO: tl.constexpr, E5M2: tl.constexpr, HARDWARE: tl.constexpr,
     LARGEST: tl.constexpr, EXPONENT: tl.constexpr, G_M: tl.constexpr, G_K: tl.constexpr, TILE_M: tl.constexpr,
     TILE_K: tl.constexpr,
 ):  # fmt: skip
     """Store scales, unless they are given, and codes of the tile x."""
-    group_m = tl.program_id(0).to(tl.int64) * (TILE_M // G_M) + tl.arange(0, TILE_M // G_M)
-    group_k = tl.program_id(1).to(tl.int64) * (TILE_K // G_K) + tl.arange(0, TILE_K // G_K)
+    group_m = tile_m * (TILE_M // G_M) + tl.arange(0, TILE_M // G_M)
+    group_k = tile_k * (TILE_K // G_K) + tl.arange(0, TILE_K // G_K)
     held = (group_m * G_M < rows)[:, None] & (group_k * G_K < columns)[None, :]
     place = group_m[:, None] * scale_stride_m + group_k[None, :] * scale_stride_k
     if GIVEN:
@@ -117,17 +125,18 @@ def _quantize(
     HARDWARE: tl.constexpr, LARGEST: tl.constexpr, EXPONENT: tl.constexpr, G_M: tl.constexpr, G_K: tl.constexpr,
     T_M: tl.constexpr, T_K: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)  # int64: rows · columns may pass 2³¹
-    k = tl.program_id(1).to(tl.int64) * TILE_K + tl.arange(0, TILE_K)
+    tile_m, tile_k = _tile(columns, TILE_K)
+    m = tile_m * TILE_M + tl.arange(0, TILE_M)
+    k = tile_k * TILE_K + tl.arange(0, TILE_K)
     inside = (m < rows)[:, None] & (k < columns)[None, :]
     x = tl.load(x_ptr + m[:, None] * stride_m + k[None, :] * stride_k, mask=inside, other=0.0).to(tl.float32)
     _write(
-        x, m, k, inside, scale_ptr, codes_ptr, rows, columns, scale_stride_m, scale_stride_k, columns, 1,
-        GIVEN, MX, POWER_OF_TWO, E5M2, HARDWARE, LARGEST, EXPONENT, G_M, G_K, TILE_M, TILE_K,
+        x, tile_m, tile_k, m, k, inside, scale_ptr, codes_ptr, rows, columns, scale_stride_m, scale_stride_k,
+        columns, 1, GIVEN, MX, POWER_OF_TWO, E5M2, HARDWARE, LARGEST, EXPONENT, G_M, G_K, TILE_M, TILE_K,
     )  # fmt: skip
     if TRANSPOSED:
         _write(
-            x, m, k, inside, scale_t_ptr, codes_t_ptr, rows, columns, scale_t_stride_m, scale_t_stride_k, 1, rows,
+            x, tile_m, tile_k, m, k, inside, scale_t_ptr, codes_t_ptr, rows, columns, scale_t_stride_m, scale_t_stride_k, 1, rows,
             GIVEN, MX, POWER_OF_TWO, E5M2, HARDWARE, LARGEST, EXPONENT, T_M, T_K, TILE_M, TILE_K,
         )  # fmt: skip
 
@@ -137,12 +146,13 @@ def _amax(
     x_ptr, amax_ptr, rows, columns, stride_m, stride_k, across,
     G_M: tl.constexpr, G_K: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
-    k = tl.program_id(1).to(tl.int64) * TILE_K + tl.arange(0, TILE_K)
+    tile_m, tile_k = _tile(columns, TILE_K)
+    m = tile_m * TILE_M + tl.arange(0, TILE_M)
+    k = tile_k * TILE_K + tl.arange(0, TILE_K)
     inside = (m < rows)[:, None] & (k < columns)[None, :]
     x = tl.load(x_ptr + m[:, None] * stride_m + k[None, :] * stride_k, mask=inside, other=0.0).to(tl.float32)
-    group_m = tl.program_id(0).to(tl.int64) * (TILE_M // G_M) + tl.arange(0, TILE_M // G_M)
-    group_k = tl.program_id(1).to(tl.int64) * (TILE_K // G_K) + tl.arange(0, TILE_K // G_K)
+    group_m = tile_m * (TILE_M // G_M) + tl.arange(0, TILE_M // G_M)
+    group_k = tile_k * (TILE_K // G_K) + tl.arange(0, TILE_K // G_K)
     held = (group_m * G_M < rows)[:, None] & (group_k * G_K < columns)[None, :]
     place = group_m[:, None] * across + group_k[None, :]
     tl.store(amax_ptr + place, _amax_of(x, G_M, G_K, TILE_M, TILE_K), mask=held)
@@ -160,8 +170,8 @@ def amax(x_MK: Tensor, recipe: str, transposed: bool = False, chip: Chip | None 
         rows, columns = columns, rows
     group = rows or tile["TILE_M"], columns or tile["TILE_K"]
     found = x_MK.new_empty((triton.cdiv(m, group[0]), triton.cdiv(k, group[1])), dtype=torch.int32)
-    grid = triton.cdiv(m, tile["TILE_M"]), triton.cdiv(k, tile["TILE_K"])
-    launch(_amax, grid, x_MK, found, m, k, *x_MK.stride(), found.shape[1], G_M=group[0], G_K=group[1], **tile)
+    grid = triton.cdiv(m, tile["TILE_M"]) * triton.cdiv(k, tile["TILE_K"])
+    launch(_amax, (grid,), x_MK, found, m, k, *x_MK.stride(), found.shape[1], G_M=group[0], G_K=group[1], **tile)
     for dim, size in enumerate((rows, columns)):
         if not size:
             shape = [1 if d == dim else n for d, n in enumerate(found.shape)]
@@ -199,7 +209,7 @@ def forward(
     group = rows or options["TILE_M"], columns or options["TILE_K"]
     group_t = columns or options["TILE_M"], rows or options["TILE_K"]
     launch(
-        _quantize, (triton.cdiv(m, options["TILE_M"]), triton.cdiv(k, options["TILE_K"])),
+        _quantize, (triton.cdiv(m, options["TILE_M"]) * triton.cdiv(k, options["TILE_K"]),),
         x_MK, scale, codes.view(seen), scale_t, codes_t.view(seen), m, k, *x_MK.stride(),
         scale.shape[1] if rows else 0, 1 if columns else 0, 1 if columns else 0, scale_t.shape[1] if rows else 0,
         TRANSPOSED=transpose_too, GIVEN=given, MX=mx, POWER_OF_TWO=power_of_two, E5M2=dtype == torch.float8_e5m2,
