@@ -58,11 +58,10 @@ def _rotate(
     from_head = (batch * x_batch + position * x_position)[:, None, None] + head[None, :, None] * x_head
     to_head = (token[:, None, None] * heads + head[None, :, None]) * dim
     if INTERLEAVED:
-        side = tl.arange(0, 2)
-        column = (2 * pair[:, None] + side[None, :])[None, None, :, :]  # [1, 1, PAIRS, 2]
-        both = there[:, :, :, None] & (column < rotated)
-        x = tl.load(x_ptr + from_head[:, :, :, None] + column, mask=both, other=0.0).to(tl.float32)
-        x_0, x_1 = tl.split(x)
+        column = tl.arange(0, 2 * PAIRS)[None, None, :]
+        both = there & (column < rotated)
+        x = tl.load(x_ptr + from_head + column, mask=both, other=0.0).to(tl.float32)
+        x_0, x_1 = tl.split(tl.reshape(x, [TOKENS, HEADS, PAIRS, 2]))
     else:
         column = pair[None, None, :]
         both = there & (column < half)
@@ -73,8 +72,7 @@ def _rotate(
     else:
         y_0, y_1 = x_0 * cos_0 - x_1 * sin_0, x_1 * cos_1 + x_0 * sin_1
     if INTERLEAVED:
-        y = tl.join(y_0, y_1)
-        tl.store(y_ptr + to_head[:, :, :, None] + column, y.to(y_ptr.dtype.element_ty), mask=both)
+        tl.store(y_ptr + to_head + column, tl.interleave(y_0, y_1).to(y_ptr.dtype.element_ty), mask=both)
     else:
         tl.store(y_ptr + to_head + column, y_0.to(y_ptr.dtype.element_ty), mask=both)
         tl.store(y_ptr + to_head + column + half, y_1.to(y_ptr.dtype.element_ty), mask=both)
