@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megalite_kernels import IGNORE_INDEX, linear_cross_entropy, loss
+from megalite_kernels.dispatch import OPS, Machine, Request, decide
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux")
@@ -151,3 +152,17 @@ def test_blocks_fit_every_vocabulary() -> None:
         for vocab in (1, 17, 4096, 50304, 256_000):
             found = cross_entropy.config(chip, vocab)
             assert found["BLOCK"] >= min(vocab, 8192) and 1 <= found["num_warps"] <= 16
+
+
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "vocabulary_parallel_cross_entropy"])
+def test_choices(op: str) -> None:
+    def chosen(device: str, dtype: torch.dtype, *packages: tuple[str, str]) -> str:
+        chip = "sm_90" if device == "cuda" else ""
+        return str(decide(OPS[op], Request(op, device, chip, dtype), Machine(packages, None)))
+
+    triton = ("triton", "3.7.1")
+    assert chosen("cuda", torch.bfloat16, triton) == "triton"
+    assert chosen("cuda", torch.bfloat16).startswith("torch (not triton: Triton is not installed")
+    assert chosen("cpu", torch.bfloat16, triton).startswith("native (not triton: on a CPU")
+    assert "float32, not float64" in chosen("cpu", torch.float64, triton)
+    assert chosen("meta", torch.float32, triton).startswith("torch")
