@@ -222,7 +222,7 @@ OPS: dict[str, Op] = {
     ),
     "cross_entropy": Op(
         "linear_cross_entropy", _cross_entropy_inputs, _cross_entropy, shapes.cross_entropy_cost, "flops",
-        ("hidden", "vocab", "softcap"), {"sequence_length": 128, "batch": 1, "vocab": 4096},
+        ("hidden", "vocab", "softcap"), {"sequence_length": 64, "batch": 1, "vocab": 2048},
     ),
     "grouped_gemm": Op(
         "grouped_gemm", _grouped_gemm_inputs,

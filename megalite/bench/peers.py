@@ -7,6 +7,7 @@ what one of them gets wrong shows as "wrong" or "failed", because every output i
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megalite_kernels import reference
+from megalite_kernels.reference import accumulation_dtype
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -50,7 +52,7 @@ def compiled(op: str) -> Build:
     def build(s: Shape, t: Tensors) -> Callable[[], Any]:
         torch.compiler.reset()  # each shape is compiled for itself, not dynamically after the first few
         call = torch.compile(lambda tensors: OPS[op].run(s, tensors, "reference"), dynamic=False)
-        return lambda: call(t)
+        return partial(call, t)
 
     return build
 
@@ -77,7 +79,7 @@ def _sdpa(s: Shape, t: Tensors) -> Callable[[], Any]:
 
 
 def _eager_attention(s: Shape, t: Tensors) -> Callable[[], Any]:
-    hidden, group = ~_mask(s, t), s.heads // s.kv_heads
+    hidden, group, dtype = ~_mask(s, t), s.heads // s.kv_heads, accumulation_dtype(t["q"].dtype)
 
     def call() -> Tensor:
         q, k, v = (t[name].transpose(1, 2) for name in "qkv")
@@ -86,7 +88,7 @@ def _eager_attention(s: Shape, t: Tensors) -> Callable[[], Any]:
         if s.softcap:
             scores = s.softcap * torch.tanh(scores / s.softcap)
         scores = scores.masked_fill(hidden, float("-inf"))
-        return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
+        return (scores.softmax(-1, dtype=dtype).to(q.dtype) @ v).transpose(1, 2)
 
     return call
 
@@ -106,7 +108,7 @@ def _eager_cross_entropy(s: Shape, t: Tensors) -> Callable[[], Any]:
         logits = t["hidden"] @ t["weight"].T
         if s.logit_softcap:
             logits = s.logit_softcap * torch.tanh(logits / s.logit_softcap)
-        return F.cross_entropy(logits.float(), t["targets"], reduction="sum")
+        return F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), t["targets"], reduction="sum")
 
     return call
 
@@ -138,7 +140,7 @@ def _eager_adamw(s: Shape, t: Tensors) -> Callable[[], Any]:
 
 def _backend(op: str, name: str) -> Build:
     """PyTorch's own calls, as megalite_kernels has them too."""
-    return lambda s, t: lambda: OPS[op].run(s, t, name)
+    return lambda s, t: partial(OPS[op].run, s, t, name)
 
 
 def _flash(which: str) -> Build:
@@ -175,16 +177,6 @@ def _liger(name: str) -> Any:
     return getattr(functional, f"liger_{name}")
 
 
-def _liger_rms_norm(s: Shape, t: Tensors) -> Callable[[], Any]:
-    call = _liger("rms_norm")
-    return lambda: call(t["x"], t["weight"], EPS, 0.0, "llama", False)
-
-
-def _liger_layer_norm(s: Shape, t: Tensors) -> Callable[[], Any]:
-    call = _liger("layer_norm")
-    return lambda: call(t["x"], t["weight"], t["bias"], EPS)
-
-
 def _liger_rope(s: Shape, t: Tensors) -> Callable[[], Any]:
     call, cos, sin = _liger("rope"), t["cos"].to(t["q"].dtype)[None], t["sin"].to(t["q"].dtype)[None]
     _own(t, "q", "k")
@@ -192,14 +184,13 @@ def _liger_rope(s: Shape, t: Tensors) -> Callable[[], Any]:
 
 
 def _liger_swiglu(s: Shape, t: Tensors) -> Callable[[], Any]:
-    call = _liger("swiglu")
     _own(t, "gate", "up")
-    return lambda: call(t["gate"], t["up"])
+    return partial(_liger("swiglu"), t["gate"], t["up"])
 
 
 def _liger_cross_entropy(s: Shape, t: Tensors) -> Callable[[], Any]:
-    call = _liger("fused_linear_cross_entropy")
-    return lambda: call(t["hidden"], t["weight"], t["targets"], reduction="sum", softcap=s.logit_softcap)
+    options = {"reduction": "sum", "softcap": s.logit_softcap}
+    return partial(_liger("fused_linear_cross_entropy"), t["hidden"], t["weight"], t["targets"], **options)
 
 
 def _te_attention(s: Shape, t: Tensors) -> Callable[[], Any]:
@@ -222,15 +213,15 @@ def _te_norm(kind: str) -> Build:
         module = getattr(te, kind)(s.hidden, eps=EPS, device=t["x"].device, dtype=t["x"].dtype)
         for name, _ in list(module.named_parameters()):
             setattr(module, name, t[name])
-        return lambda: module(t["x"])
+        return partial(module, t["x"])
 
     return build
 
 
 EAGER: dict[str, Build] = {
     "attention": _eager_attention,
-    "rms_norm": lambda s, t: lambda: F.rms_norm(t["x"], (s.hidden,), t["weight"], EPS),
-    "layer_norm": lambda s, t: lambda: F.layer_norm(t["x"], (s.hidden,), t["weight"], t["bias"], EPS),
+    "rms_norm": lambda s, t: partial(F.rms_norm, t["x"], (s.hidden,), t["weight"], EPS),
+    "layer_norm": lambda s, t: partial(F.layer_norm, t["x"], (s.hidden,), t["weight"], t["bias"], EPS),
     "rope": _eager_rope,
     "swiglu": lambda s, t: lambda: F.silu(t["gate"]) * t["up"],
     "cross_entropy": _eager_cross_entropy,
@@ -241,8 +232,9 @@ EAGER: dict[str, Build] = {
     "newton_schulz": _backend("newton_schulz", "torch"),
 }
 LIGER: dict[str, Build] = {
-    "rms_norm": _liger_rms_norm,
-    "layer_norm": _liger_layer_norm,
+    # In place the gradient that arrives would be overwritten, which is timed here more than once.
+    "rms_norm": lambda s, t: partial(_liger("rms_norm"), t["x"], t["weight"], EPS, 0.0, "llama", in_place=False),
+    "layer_norm": lambda s, t: partial(_liger("layer_norm"), t["x"], t["weight"], t["bias"], EPS),
     "rope": _liger_rope,
     "swiglu": _liger_swiglu,
     "cross_entropy": _liger_cross_entropy,

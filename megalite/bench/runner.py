@@ -142,8 +142,8 @@ def memory_bytes(call: Callable[[], Any], run: Call, tensors: Tensors, device: t
 def measure(job: Job, peaks: Peaks) -> list[Row]:
     """A row for every shape, mode and implementation, also for those that are wrong or fail."""
     clock, rows = Clock(job.device), list[Row]()
-    turns = len(job.shapes) * len(job.modes) * len(job.implementations) * job.rounds
-    with Progress(f"bench {job.op}", total=turns, unit="turns") as bar:
+    steps = len(job.shapes) * len(job.implementations) * (1 + len(job.modes) * job.rounds)
+    with Progress(f"bench {job.op}", total=steps, unit="steps") as bar:
         for shape in job.shapes:
             rows += _at_shape(job, shape, peaks, clock, bar.advance)
     return rows
@@ -163,6 +163,7 @@ def _at_shape(job: Job, shape: Shape, peaks: Peaks, clock: Clock, advance: Calla
                 made[name] = build(shape, mine), mine, error
         except Exception as failure:  # another package's, of any kind: reported, and the others go on
             troubles[name] = _trouble(failure)
+        advance()
     rows = []
     for mode in job.modes:
         calls, memory, walls = {}, {}, {}
@@ -218,6 +219,6 @@ def _row(job: Job, s: Shape, mode: str, name: str, times: Times | None, status: 
 
 def sizes(op: Op, s: Shape) -> str:
     """What the op depends on, as words: `heads=32 kv_heads=8 …`; what is off is left out."""
-    found = {key: getattr(s, "logit_softcap" if (key, op.of) == ("softcap", "flops") and "vocab" in op.keys else key)
-             for key in op.keys}  # fmt: skip
+    names = {"softcap": "logit_softcap"} if "vocab" in op.keys else {}
+    found = {key: getattr(s, names.get(key, key)) for key in op.keys}
     return " ".join(f"{key}={value}".lower() for key, value in found.items() if value is not None)

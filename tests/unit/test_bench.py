@@ -282,6 +282,14 @@ def test_what_is_written_twice_agrees() -> None:
     assert tuple(OPS) == cli.OPS
     assert tuple(BLOCKS) == cli.RECIPES
     assert {key for op in OPS.values() for key in op.keys} == set(cli.OVERRIDES)
+    page = (Path(__file__).parents[2] / "docs/bench.md").read_text()
+    assert all(f"`{name}`" in page for name in [*OPS, *peers.PEERS, "flash_attn"])
+
+
+def test_what_is_right_in_float64_too() -> None:
+    for op in ("attention", "cross_entropy"):
+        right = runner.right_at(OPS[op], TINY, CPU, torch.float64)
+        assert right.error(peers.EAGER[op]) < 1
 
 
 @pytest.mark.parametrize(
