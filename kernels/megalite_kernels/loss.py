@@ -20,8 +20,10 @@ from megalite_kernels.reference import IGNORE_INDEX, accumulation_dtype
 
 CHUNK_LOGITS = 1 << 21
 """Logits of a chunk (8 MiB in float32): large enough for the product to run at full speed, small enough for caches."""
+CHUNK_ROWS = 16
+"""Rows of the smallest chunk, however large the vocabulary."""
 GPU_CHUNK_LOGITS = 1 << 28
-"""The same on a GPU (512 MiB in bf16): 2,093 rows of Llama 3's vocabulary, enough to fill the largest of them."""
+"""CHUNK_LOGITS of a GPU (512 MiB in bf16): 2,093 rows of Llama 3's vocabulary, enough to fill the largest of them."""
 
 
 def linear_cross_entropy(
@@ -179,7 +181,7 @@ def _pass(
     grad_hidden = hidden_ND.new_empty((count if hidden_grad else 0, width), dtype=wide)
     grad_weight = hidden_ND.new_zeros((vocab if weight_grad else 0, width), dtype=wide)
     chunk = CHUNK_LOGITS if on_cpu else GPU_CHUNK_LOGITS
-    size = min(count, max(16, chunk // (shard.widest if shard else vocab)))
+    size = min(count, max(CHUNK_ROWS, chunk // (shard.widest if shard else vocab)))
     buffer = hidden_ND.new_empty((size, vocab), dtype=product)
     nll_sum, z_sum = (hidden_ND.new_zeros((), dtype=wide) for _ in range(2))
     for start in range(0, count, max(size, 1)):
