@@ -195,7 +195,8 @@ def _no_grouped_mm(request: Request, machine: Machine) -> str | None:
         return "PyTorch's grouped_mm is for bf16 and adds no bias"
     if request.device == "cuda" and request.chip not in ("sm_90", "sm_100"):
         return f"PyTorch's grouped_mm has no kernel for {request.chip}"
-    return None if request.feature("aligned", True) else "grouped_mm needs widths that 8 divides, and a dense weight"
+    aligned = request.feature("aligned", True)
+    return None if aligned else "grouped_mm needs rows, widths that 8 divides, and a dense weight"
 
 
 def _no_gain(request: Request, machine: Machine) -> str | None:

@@ -132,7 +132,7 @@ def grouped_gemm(
         raise ValueError(f"grouped_gemm: needs x [M, D], w [E, D, F] of one dtype, int32 offsets [E + 1], not {shapes}")
     if bias_EF is not None and (bias_EF.shape != w_EDF.shape[::2] or bias_EF.dtype != w_EDF.dtype):
         raise ValueError(f"grouped_gemm: bias is {bias_EF.dtype} {list(bias_EF.shape)}, not [E, F] of the weight's")
-    dense = 1 in w_EDF.stride()[1:] and not any(size % 8 for size in w_EDF.shape[1:])
+    dense = 1 in w_EDF.stride()[1:] and len(x_MD) > 0 and not any(size % 8 for size in w_EDF.shape[1:])
     features = (("aligned", dense), ("bias", bias_EF is not None))
     chosen = choose("grouped_gemm", backend, x_MD.device.type, x_MD.dtype, features)
     if chosen == "reference":
@@ -153,15 +153,20 @@ class _GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, w_EDF: Tensor, offsets: Tensor) -> Tensor:
+        x_MD = x_MD.contiguous()
         ctx.save_for_backward(x_MD, w_EDF, offsets)
         return _GroupedMM.product(x_MD, w_EDF, offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w, offsets = ctx.saved_tensors
-        grad_x = _GroupedMM.product(grad.contiguous(), w.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
-        grad_w = F.grouped_mm(x.T, grad.contiguous(), offs=offsets[1:]) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_w, None
+        grad, (need_x, need_w, _) = grad.contiguous(), ctx.needs_input_grad
+        grad_x = _GroupedMM.product(grad, w.transpose(1, 2), offsets) if need_x else None
+        if not need_w:
+            return grad_x, None, None
+        if w.stride(1) == 1:  # a transposed weight's gradient lies as the weight does
+            return grad_x, F.grouped_mm(grad.T, x, offs=offsets[1:]).transpose(1, 2), None
+        return grad_x, F.grouped_mm(x.T, grad, offs=offsets[1:]), None
 
     @staticmethod
     def product(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def unpermute_backward(
     grad_probs = probs_NK.new_zeros(probs_NK.numel())
     grad_probs[slot[taken]] = torch.linalg.vecdot(wide, widen(y_MD))[taken].to(probs_NK.dtype)
     prob = probs_NK.flatten().to(wide.dtype)[slot.clamp(min=0)]
-    return (wide * prob[:, None]).to(grad_ND.dtype), grad_probs.view(probs_NK.shape)
+    return wide.mul_(prob[:, None]).to(grad_ND.dtype), grad_probs.view(probs_NK.shape)
 
 
 @unpermute_backward.register_fake

@@ -153,6 +153,7 @@ def test_gradients_of_rows_and_products() -> None:
 def drawn(seed: int, tokens: int, k: int, experts: int, elsewhere: bool) -> tuple[Tensor, Tensor]:
     """(x [N, 6], k different experts a token), some of them nobody's."""
     indices = random(tokens, experts, seed=seed).argsort(-1)[:, :k]
+    indices = indices if seed % 2 else indices.int()
     return random(tokens, 6, seed=seed + 1).float(), indices - 1 if elsewhere else indices
 
 
@@ -258,6 +259,13 @@ def test_bf16_rows_and_wide_probabilities(backend: str) -> None:
         rest = "reference" if product == "grouped_mm" else product
         rows, offsets, inverse = moe_permute(x, indices, 3, backend=rest)
         y = grouped_gemm(rows, w, offsets, backend=product)
+        turned = w.transpose(1, 2).contiguous().transpose(1, 2)
+        again = grouped_gemm(rows, turned, offsets, backend=product)
+        torch.testing.assert_close(again, y, rtol=1e-2, atol=1e-2)
+        (grad,) = torch.autograd.grad(again.float().sum(), turned, retain_graph=True)
+        torch.testing.assert_close(
+            grad, torch.autograd.grad(y.float().sum(), w, retain_graph=True)[0], rtol=1e-2, atol=1e-2
+        )
         assert not y[int(offsets[-1]) :].any()
         out = moe_unpermute(y, inverse, probs, backend=rest)
         results.append((out, *torch.autograd.grad(out.float().square().sum(), (x, w, probs))))
