@@ -6,6 +6,7 @@ import math
 import megalite_kernels as kernels
 import pytest
 import torch
+from megalite_kernels.dispatch import Machine, Request, backends_of, decide
 from megalite_kernels.reference.fp8 import BLOCKS, mx_scale, round_fp8
 from torch import Tensor
 
@@ -171,3 +172,24 @@ def test_what_does_not_belong_together_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             call()
+
+
+@pytest.mark.parametrize(
+    ("chip", "recipe", "aligned", "out", "chosen", "why"),
+    [
+        ("sm_90", "tensorwise", True, torch.float32, "torch", ""),
+        ("sm_90", "rowwise", True, torch.bfloat16, "torch", ""),
+        ("sm_90", "rowwise", True, torch.float32, "triton", "scaled rows in bf16 alone"),
+        ("sm_100", "tensorwise", False, torch.bfloat16, "triton", "multiples of 16"),
+        ("sm_100", "blockwise_1x128", True, torch.bfloat16, "triton", "scales of tensors and of rows"),
+        ("sm_80", "rowwise", True, torch.bfloat16, "triton", "no OCP FP8 products on sm_80"),
+        ("gfx942", "rowwise", True, torch.bfloat16, "triton", "no OCP FP8 products on gfx942"),
+        ("", "tensorwise", True, torch.float32, "reference", "no faster"),
+    ],
+)
+def test_who_multiplies(chip: str, recipe: str, aligned: bool, out: torch.dtype, chosen: str, why: str) -> None:
+    machine = Machine((("triton", "3.7.1"),), None)
+    features = (("recipes", (recipe, recipe)), ("aligned", aligned), ("e5m2", False), ("empty", False))
+    request = Request("scaled_mm", "cuda" if chip else "cpu", chip, out, features)
+    decision = decide(backends_of("scaled_mm"), request, machine)
+    assert decision.backend == chosen and why in str(decision)

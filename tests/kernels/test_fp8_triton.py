@@ -112,7 +112,8 @@ def test_amax_is_the_largest_and_gives_the_same_scales(recipe: str, m: int, k: i
 @FEW
 @given(
     st.sampled_from([(a, b) for a in BLOCKS for b in BLOCKS if (a == "mxfp8") == (b == "mxfp8")]),
-    dtypes, dtypes, sizes, sizes, st.integers(0, 300), st.sampled_from(["sm_80", "sm_90"]), st.integers(0, 9),
+    dtypes, dtypes, sizes, sizes, st.integers(0, 300) | st.sampled_from([16, 48, 160, 288]),  # for descriptors, 16 | k
+    st.sampled_from(["sm_80", "sm_90"]), st.integers(0, 9),
 )  # fmt: skip
 def test_products_against_float64(
     pair: tuple[str, str], dtype_a: torch.dtype, dtype_b: torch.dtype, m: int, n: int, k: int, chip: str, seed: int

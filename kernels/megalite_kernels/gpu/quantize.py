@@ -61,7 +61,7 @@ def _power(code):
 
 @triton.jit
 def _tile(columns, TILE_K: tl.constexpr):
-    """(tile down, tile across) of this program, in int64: rows · columns may pass 2³¹. A grid's other axes are short."""
+    """(tile down, across) of this program, in int64: rows · columns may pass 2³¹; other axes of a grid are short."""
     across = tl.cdiv(columns, TILE_K)
     return (tl.program_id(0) // across).to(tl.int64), (tl.program_id(0) % across).to(tl.int64)
 
@@ -136,8 +136,9 @@ def _quantize(
     )  # fmt: skip
     if TRANSPOSED:
         _write(
-            x, tile_m, tile_k, m, k, inside, scale_t_ptr, codes_t_ptr, rows, columns, scale_t_stride_m, scale_t_stride_k, 1, rows,
-            GIVEN, MX, POWER_OF_TWO, E5M2, HARDWARE, LARGEST, EXPONENT, T_M, T_K, TILE_M, TILE_K,
+            x, tile_m, tile_k, m, k, inside, scale_t_ptr, codes_t_ptr, rows, columns, scale_t_stride_m,
+            scale_t_stride_k, 1, rows, GIVEN, MX, POWER_OF_TWO, E5M2, HARDWARE, LARGEST, EXPONENT, T_M, T_K,
+            TILE_M, TILE_K,
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
@@ -21,7 +22,7 @@ def config(chip: Chip, mx: bool) -> dict[str, int]:
     block = 32 if mx else 128
     if not hardware(chip):
         return {"TILE_M": 64, "TILE_N": 128, "BLOCK_K": block, "num_stages": 2, "num_warps": 8}
-    return {"TILE_M": 128, "TILE_N": 64 if mx else 128, "BLOCK_K": block, "num_stages": 3, "num_warps": 8}
+    return {"TILE_M": 64 if mx else 128, "TILE_N": 128, "BLOCK_K": block, "num_stages": 3, "num_warps": 8}
 
 
 @triton.jit
@@ -47,24 +48,30 @@ def _scaled_mm(
     a_ptr, scale_a_ptr, b_ptr, scale_b_ptr, c_ptr, rows, columns, summed, scale_a_stride_m, scale_a_stride_k,
     scale_b_stride_n, scale_b_stride_k,
     GROUP_A: tl.constexpr, GROUP_B: tl.constexpr, PER_BLOCK: tl.constexpr, MX: tl.constexpr, HARDWARE: tl.constexpr,
-    A_E5M2: tl.constexpr, B_E5M2: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    A_E5M2: tl.constexpr, B_E5M2: tl.constexpr, DESCRIPTORS: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Programs that run together share rows of b: eight tiles down before one across.
     down, across = tl.cdiv(rows, TILE_M), tl.cdiv(columns, TILE_N)
     band = tl.program_id(0) // (8 * across)
     height = tl.minimum(down - band * 8, 8)
     in_band = tl.program_id(0) - band * 8 * across
-    m = (band * 8 + in_band % height).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
-    n = (in_band // height).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+    first_m, first_n = (band * 8 + in_band % height) * TILE_M, (in_band // height) * TILE_N
+    m = first_m.to(tl.int64) + tl.arange(0, TILE_M)
+    n = first_n.to(tl.int64) + tl.arange(0, TILE_N)
     k = tl.arange(0, BLOCK_K)
     a_place, b_place = m[:, None] * summed + k[None, :], n[None, :] * summed + k[:, None]
     a_scales = scale_a_ptr + (m // GROUP_A) * scale_a_stride_m
     b_scales = scale_b_ptr + (n // GROUP_B) * scale_b_stride_n
     total = tl.zeros([TILE_M, TILE_N], tl.float32)
     for block in range(tl.cdiv(summed, BLOCK_K)):
-        left = k < summed - block * BLOCK_K
-        a = tl.load(a_ptr + a_place, mask=(m < rows)[:, None] & left[None, :], other=0.0)
-        b = tl.load(b_ptr + b_place, mask=(n < columns)[None, :] & left[:, None], other=0.0)
+        if DESCRIPTORS:
+            a = a_ptr.load([first_m, block * BLOCK_K])
+            b = tl.trans(b_ptr.load([first_n, block * BLOCK_K]))
+        else:
+            left = k < summed - block * BLOCK_K
+            a = tl.load(a_ptr + a_place, mask=(m < rows)[:, None] & left[None, :], other=0.0)
+            b = tl.load(b_ptr + b_place, mask=(n < columns)[None, :] & left[:, None], other=0.0)
         if not HARDWARE:
             a, b = _decode(a, A_E5M2), _decode(b, B_E5M2)
         product = tl.dot(a, b)
@@ -92,12 +99,18 @@ def forward(
     (rows_a, across_a), (rows_b, across_b) = BLOCKS[recipe_a], BLOCKS[recipe_b]
     c = a_MK.new_empty((m, n), dtype=out_dtype)
     a, b = (x if hardware(chip) else x.view(torch.uint8) for x in (a_MK, b_NK))
+    # Descriptors want rows of whole 16 bytes.
+    described = hardware(chip) and chip.descriptors and k > 0 and not any(x.data_ptr() % 16 or k % 16 for x in (a, b))
+    blocks = [options["TILE_M"], options["BLOCK_K"]], [options["TILE_N"], options["BLOCK_K"]]
+    operands = [
+        TensorDescriptor.from_tensor(x, block) if described else x for x, block in zip((a, b), blocks, strict=True)
+    ]
     launch(
         _scaled_mm, (triton.cdiv(m, options["TILE_M"]) * triton.cdiv(n, options["TILE_N"]),),
-        a, scale_a, b, scale_b, c, m, n, k, scale_a.shape[1] if rows_a else 0, 1 if across_a else 0,
+        operands[0], scale_a, operands[1], scale_b, c, m, n, k, scale_a.shape[1] if rows_a else 0, 1 if across_a else 0,
         scale_b.shape[1] if rows_b else 0, 1 if across_b else 0, GROUP_A=rows_a or 1, GROUP_B=rows_b or 1,
         PER_BLOCK=bool(across_a or across_b), MX=mx, HARDWARE=hardware(chip), A_E5M2=a_MK.dtype == torch.float8_e5m2,
-        B_E5M2=b_NK.dtype == torch.float8_e5m2, **options,
+        B_E5M2=b_NK.dtype == torch.float8_e5m2, DESCRIPTORS=described, **options,
     )  # fmt: skip
     return c
 
