@@ -29,6 +29,7 @@ class _Shape(ctypes.Structure):
         ("bf16", c_int),
         ("low", c_void_p),
         ("high", c_void_p),
+        ("grad_lse", c_void_p),
     )
 
 
@@ -154,18 +155,22 @@ def _shard(logits_NV: Tensor, targets_N: Tensor, first: int, ignore_index: int) 
     return *sizes, _pointer(logits_NV), _pointer(targets_N), c_int64(ignore_index)
 
 
-def _shape(q: Tensor, k: Tensor, low: Tensor, high: Tensor, scale: float, softcap: float | None) -> _Shape:
+def _shape(
+    q: Tensor, k: Tensor, low: Tensor, high: Tensor, scale: float, softcap: float | None, grad_lse: Tensor | None = None
+) -> _Shape:
     batch, queries, heads, dim = q.shape
     return _Shape(
         *(batch, queries, k.shape[1], heads, k.shape[2], dim, scale, softcap or 0.0, q.dtype == torch.bfloat16),
-        *(low.data_ptr(), high.data_ptr()),
+        *(low.data_ptr(), high.data_ptr(), None if grad_lse is None else grad_lse.data_ptr()),
     )
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, low_BS: Tensor, high_BS: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """(out like q, log-sum-exp [B, H, S]); query (b, s) sees the keys low[b, s] ≤ t < high[b, s]."""
+    """(out like q, log-sum-exp [B, H, S]); query (b, s) sees the keys low[b, s] ≤ t < high[b, s].
+
+    A query that sees nothing gives 0 and -inf."""
     out, lse = torch.empty_like(q), torch.empty(q.shape[0], q.shape[2], q.shape[1])
     shape = _shape(q, k, low_BS, high_BS, scale, softcap)
     _call("attention_forward", ctypes.byref(shape), *map(_pointer, (q, k, v, out, lse)))
@@ -173,11 +178,12 @@ def attention_forward(
 
 
 def attention_backward(
-    saved: tuple[Tensor, ...], grad_out: Tensor, low_BS: Tensor, high_BS: Tensor, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    saved: tuple[Tensor, ...], grad_out: Tensor, grad_lse_BHS: Tensor | None, low_BS: Tensor, high_BS: Tensor,
+    scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, from saved = (q, k, v, out, lse)."""
     q, k, v, out, lse = saved
-    shape = _shape(q, k, low_BS, high_BS, scale, softcap)
+    shape = _shape(q, k, low_BS, high_BS, scale, softcap, grad_lse_BHS)
     functions = library().functions
     assert functions is not None
     width = functions.attention_width(c_long(q.shape[-1]))

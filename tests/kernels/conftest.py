@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from megalite_kernels import build, capability
+from megalite_kernels import build, capability, dispatch
 
 
 @pytest.fixture(params=["compiled", "no compiler", "bf16 hardware"])
@@ -15,6 +15,11 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(build.library().reason)
     hardware = "avx512_bf16" if request.param == "bf16 hardware" else None
     monkeypatch.setattr(capability, "bf16_matmul_hardware", lambda: hardware)
-    build.library.cache_clear()
+    _forget()
     yield request.param
-    build.library.cache_clear()
+    _forget()
+
+
+def _forget() -> None:
+    for remembered in (build.library, dispatch.this_machine, dispatch._decided):
+        remembered.cache_clear()

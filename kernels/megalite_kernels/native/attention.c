@@ -15,6 +15,7 @@ typedef struct {
     float scale, softcap;  // softcap 0: none
     int bf16;
     const int32_t *low, *high;  // [batch, queries]
+    const float *grad_lse;      // [batch, heads, queries]; NULL: none
 } Shape;
 
 // Head `h` of x[batch, n, heads, dim] as n rows of `width` floats, zero beyond dim.
@@ -144,7 +145,7 @@ static void forward_head(
             for (long c = 0; c < width; c += LANES) store(out + i * width + c, load(out + i * width + c) * inverse);
             if (!s->bf16) memcpy((float *)o + offset, out + i * width, s->dim * sizeof(float));
             else row_done(o, offset, s->dim, 1, out + i * width);
-            lse[(b * s->heads + h) * s->queries + i0 + i] = total[i] == 0 ? 0.0f : top[i] + logf(total[i]);
+            lse[(b * s->heads + h) * s->queries + i0 + i] = total[i] == 0 ? -INFINITY : top[i] + logf(total[i]);
         }
     }
 }
@@ -184,6 +185,7 @@ static void backward_head(
         long rows = MIN(QUERIES, s->queries - i0);
         const int32_t *low = s->low + b * s->queries + i0, *high = s->high + b * s->queries + i0;
         const float *row_lse = lse + (b * s->heads + h) * s->queries + i0;
+        const float *grad_lse = s->grad_lse ? s->grad_lse + (b * s->heads + h) * s->queries + i0 : NULL;
         float delta[QUERIES];
         pack_rows(s, q, b, s->queries, s->heads, h, i0, rows, width, r->q);
         pack_rows(s, o, b, s->queries, s->heads, h, i0, rows, width, r->o);
@@ -191,7 +193,7 @@ static void backward_head(
         for (long i = 0; i < rows; i++) {
             vf sum = {0};
             for (long c = 0; c < width; c += LANES) sum += load(r->o + i * width + c) * load(r->go + i * width + c);
-            delta[i] = sum_lanes(sum);
+            delta[i] = sum_lanes(sum) - (grad_lse ? grad_lse[i] : 0.0f);
         }
         memset(r->dq, 0, QUERIES * width * sizeof(float));
         for (long first = low[0]; first < high[rows - 1]; first = first / KEYS * KEYS + KEYS) {
