@@ -1,9 +1,9 @@
 """All cases and sweeps, an op a file."""
 
 from megalite_kernels.validate.case import Case, Far, Sweep
-from megalite_kernels.validate.cases import activation, cross_entropy, fp8, moe, norm, optim, rope
+from megalite_kernels.validate.cases import activation, attention, cross_entropy, fp8, moe, norm, optim, rope
 
-OPS = (activation, cross_entropy, fp8, moe, norm, optim, rope)
+OPS = (activation, attention, cross_entropy, fp8, moe, norm, optim, rope)
 
 CASES: tuple[Case, ...] = tuple(case for op in OPS for case in op.CASES)
 SWEEPS: tuple[Sweep, ...] = tuple(sweep for op in OPS for sweep in op.SWEEPS)
