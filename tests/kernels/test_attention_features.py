@@ -1,5 +1,7 @@
-"""Sinks, log-sum-exp with its gradient, values of another size, packed documents: on the CPU's routes. And the reference
-against PyTorch's and transformers' own attention."""
+"""Sinks, log-sum-exp with its gradient, values of another size, packed documents: on the CPU's routes.
+
+And the reference against PyTorch's and transformers' own attention.
+"""
 
 from types import SimpleNamespace
 from typing import Any
