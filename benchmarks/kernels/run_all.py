@@ -14,6 +14,8 @@ import torch
 from megalite.cli import main
 from megalite.cli.bench import OPS, as_words
 
+FILES = {"csv": "csv", "json": "json", "plot": "png"}
+
 
 def run_all(words: list[str]) -> int:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -24,16 +26,12 @@ def run_all(words: list[str]) -> int:
     for op in OPS:
         before = out / f"{op}.json"
         name = f"{op}.new" if before.exists() else op
-        files = [
-            f"{kind}={out / name}.{suffix}" for kind, suffix in (("csv", "csv"), ("json", "json"), ("plot", "png"))
-        ]
+        files = [f"{key}={out / name}.{suffix}" for key, suffix in FILES.items()]
         held = [f"baseline={before}"] if before.exists() else []
-        print(f"\n{op}", flush=True)
+        print(flush=True)
         if main(["bench", op, *(word for word in words if not word.startswith("out=")), *files, *held]):
             failed.append(op)
-    print(
-        f"\n{out}: {len(OPS) - len(failed)} of {len(OPS)} ops" + (f"; see above: {', '.join(failed)}" if failed else "")
-    )
+    print(f"\n{out}: {len(OPS)} ops, trouble with {', '.join(failed) or 'none'}")
     return 1 if failed else 0
 
 

@@ -15,7 +15,9 @@ def png(report: Report) -> bytes:
     lengths = sorted({row.sequence_length for row in report.rows})
     unit, scale = UNITS[report.rows[0].of]
     figure = Figure(figsize=(5.2 * len(modes), 4.2), layout="constrained")
-    figure.suptitle(f"{report.rows[0].op}, {report.rows[0].shape}: {' '.join(map(str, report.machine.values()))}")
+    figure.suptitle(
+        f"{report.rows[0].op}, {report.rows[0].shape}: {report.machine['device']}, {report.machine['dtype']}"
+    )
     for mode, axes in zip(modes, figure.subplots(1, len(modes), squeeze=False)[0], strict=True):
         for i, name in enumerate(names):
             mine = sorted(

@@ -51,6 +51,10 @@ class Row:
     def case(self) -> tuple[Any, ...]:
         return self.op, self.shape, self.sizes, self.sequence_length, self.batch, self.mode
 
+    @property
+    def place(self) -> tuple[Any, ...]:
+        return *self.case, self.implementation
+
     def ours(self) -> bool:
         return self.implementation.startswith("megalite")
 
@@ -175,19 +179,21 @@ def load(path: Path, key: str) -> Report:
         raise UserError(f"{key}={path}: is no saved benchmark ({type(error).__name__}: {error})") from None
 
 
-def comparable(old: Report, here: dict[str, Any], key: str) -> None:
-    """Raises UserError unless `old` was measured on this kind of machine."""
+def comparable(old: Report, here: dict[str, Any], planned: Iterable[Row], key: str) -> None:
+    """Raises UserError unless `old` was measured on this kind of machine and has one of the rows to come."""
     if old.machine != here:
         then, now = (" ".join(f"{name}={value}" for name, value in each.items()) for each in (old.machine, here))
         raise UserError(f"{key}: was measured with {then}, this is {now}; compare runs of one kind of machine")
+    if not {row.place for row in old.rows if row.ours()} & {row.place for row in planned}:
+        raise UserError(f"{key}: has none of these lines; save one with json=FILE")
 
 
 def regressions(new: Iterable[Row], old: Iterable[Row], tolerance: float) -> tuple[list[str], int]:
     """(lines on those of megalite's rows that take more than 1 + `tolerance` times as long, rows compared)."""
-    before = {(row.case, row.implementation): row.median for row in old if row.median is not None}
+    before = {row.place: row.median for row in old if row.median is not None}
     slower, compared = [], 0
     for row in filter(Row.ours, new):
-        was = before.get((row.case, row.implementation))
+        was = before.get(row.place)
         if was is None or row.median is None:
             continue
         compared += 1

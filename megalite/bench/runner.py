@@ -1,5 +1,6 @@
 """Measuring one op: every implementation is compared with the specification, and those that are right take turns."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,10 +99,8 @@ def results_of(
     found = tuple(output.detach().clone() for output in widened(shape, outputs))
     if not op.differentiable:
         return found
-    return (
-        *found,
-        *gradients(lambda: outputs, tensors, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]),
-    )
+    arriving = [given.to(output.dtype) for given, output in zip(upstream, outputs, strict=True)]
+    return (*found, *gradients(lambda: outputs, tensors, arriving))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -149,21 +148,34 @@ def measure(job: Job, peaks: Peaks) -> list[Row]:
     return rows
 
 
-def _at_shape(job: Job, shape: Shape, peaks: Peaks, clock: Clock, advance: Callable[[], None]) -> list[Row]:
-    op, troubles, made = OPS[job.op], dict[str, str](), {}
+def _prepared(
+    job: Job, shape: Shape, troubles: dict[str, str], advance: Callable[[], None]
+) -> dict[str, tuple[Callable[[], Any], Tensors, float]]:
+    """Those that are right: the call, its tensors, its error. `troubles` gets what is to be said of the others."""
+    op, made = OPS[job.op], {}
     right = right_at(op, shape, job.device, job.dtype)
-    tensors = op.inputs(shape, Maker(job.device, job.dtype))
+    try:
+        tensors = op.inputs(shape, Maker(job.device, job.dtype))
+    except RuntimeError as failure:  # they do not fit into memory; shorter sequences have been measured
+        troubles |= dict.fromkeys(job.implementations, _trouble(failure))
+        return {}
     for name, build in job.implementations.items():
         mine = dict(tensors)
         try:
             error = right.error(build)
-            if not error <= 1:
-                troubles[name] = f"wrong: error {error:.2g} times what {job.dtype} allows; not timed"
-            else:
+            if error <= 1:
                 made[name] = build(shape, mine), mine, error
+            else:
+                troubles[name] = f"wrong: error {error:.2g} times what {job.dtype} allows; not timed"
         except Exception as failure:  # another package's, of any kind: reported, and the others go on
             troubles[name] = _trouble(failure)
         advance()
+    return made
+
+
+def _at_shape(job: Job, shape: Shape, peaks: Peaks, clock: Clock, advance: Callable[[], None]) -> list[Row]:
+    troubles: dict[str, str] = {}
+    made = _prepared(job, shape, troubles, advance)
     rows = []
     for mode in job.modes:
         calls, memory, walls = {}, {}, {}
@@ -172,7 +184,7 @@ def _at_shape(job: Job, shape: Shape, peaks: Peaks, clock: Clock, advance: Calla
                 calls[name] = _timed(job, mode, call, mine)
                 memory[name] = memory_bytes(call, calls[name], mine, job.device)
                 calls[name] = as_graph(calls[name]) if job.graphs else calls[name]
-                walls[name] = clock.settle(calls[name])
+                walls[name] = clock.settle(calls[name], job.seconds)
             except Exception as failure:
                 troubles[name] = _trouble(failure)
                 calls.pop(name, None)
@@ -199,6 +211,12 @@ def _timed(job: Job, mode: str, call: Callable[[], Any], tensors: Tensors) -> Ca
     if mode == "both":
         return Call(lambda _: gradients(call, tensors, upstream))
     return Call(lambda made: gradients(lambda: made, tensors, upstream), before=call)
+
+
+def planned(job: Job) -> list[Row]:
+    """The rows to come, nothing in them measured yet."""
+    places = itertools.product(job.shapes, job.modes, job.implementations)
+    return [_row(job, shape, mode, name, None, "", Peaks(1, 1)) for shape, mode, name in places]
 
 
 def _row(job: Job, s: Shape, mode: str, name: str, times: Times | None, status: str, peaks: Peaks) -> Row:

@@ -16,8 +16,8 @@ import torch
 
 from megalite.train.peak import measured_matmul_peak
 
-STEADY, PATIENCE = 0.1, 2.0
-"""Warm-up ends when two groups of calls agree to this share, or after this many seconds."""
+STEADY = 0.1
+"""Warm-up ends when two groups of calls agree to this share."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,13 @@ class Clock:
         torch.cuda.synchronize(self.device)
         return [start.elapsed_time(end) / 1e3 for start, end in events]
 
-    def settle(self, call: Call) -> float:
-        """Seconds that a call takes by the wall, flush and all, once it is steady. The first calls may compile."""
+    def settle(self, call: Call, patience: float = 1.0) -> float:
+        """Seconds that a call takes by the wall, flush and all, once it is steady, or after `patience` seconds.
+
+        The first call, which may compile, does not count.
+        """
         call()
-        deadline, previous = time.perf_counter() + PATIENCE, float("inf")
+        deadline, previous = time.perf_counter() + patience, float("inf")
         while True:
             started = time.perf_counter()
             now = statistics.median(self.times(call, 3))

@@ -92,6 +92,29 @@ def test_implementations_take_turns_and_what_comes_before_is_not_timed() -> None
     assert Clock(CPU).flushed.nbytes == 2 * cache_bytes(CPU) > 1 << 20
 
 
+def test_events_on_cuda_enclose_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("event")
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 2.0
+
+    clock = Clock(CPU)
+    clock.device = torch.device("cuda")
+    clock.flushed = type("Flushed", (), {"zero_": lambda self: order.append("flush")})()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    call = Call(lambda given: order.append(f"run {given}"), before=lambda: order.append("forward") or 7)
+    assert clock.times(call, 2) == [2e-3, 2e-3]
+    assert order == [*["forward", "flush", "event", "run 7", "event"] * 2, "wait"]
+
+
 def job(op: str, implementations: dict[str, Any], shape: Shape = TINY, **options: Any) -> runner.Job:
     modes = options.pop("modes", ["forward", "both"] if OPS[op].differentiable else ["forward"])
     return runner.Job(op, [shape], implementations, modes, CPU, torch.float32, seconds=0.002, rounds=1, **options)
@@ -186,6 +209,21 @@ def test_what_is_wrong_is_told_and_not_timed(capsys: pytest.CaptureFixture[str])
     assert "both" in text
 
 
+def test_inputs_that_do_not_fit_leave_the_shorter_ones_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def inputs(s: Shape, make: Any) -> Any:
+        if s.sequence_length > 64:
+            raise torch.OutOfMemoryError("out of memory")
+        return usual(s, make)
+
+    usual = OPS["swiglu"].inputs
+    monkeypatch.setitem(runner.OPS, "swiglu", dataclasses.replace(OPS["swiglu"], inputs=inputs))
+    made = runner.own("swiglu", ["reference"], TINY, CPU, torch.float32)
+    both = [TINY, dataclasses.replace(TINY, sequence_length=100)]
+    asked = dataclasses.replace(job("swiglu", made, modes=["forward"]), shapes=both)
+    rows = runner.measure(asked, Peaks(1, 1))
+    assert [each.status for each in rows] == ["ok", "failed: OutOfMemoryError: out of memory"]
+
+
 def row(implementation: str, median: float | None, **changes: Any) -> Row:
     values: dict[str, Any] = {
         "op": "rope", "shape": "tiny", "sizes": "heads=2", "sequence_length": 8, "batch": 1, "mode": "forward",
@@ -240,9 +278,12 @@ def test_regressions_name_what_became_slower() -> None:
 
 def test_only_one_kind_of_machine_is_compared(tmp_path: Path) -> None:
     saved = report(row("megalite native", 1.0))
-    results.comparable(saved, dict(saved.machine), "baseline=x")
+    results.comparable(saved, dict(saved.machine), saved.rows, "baseline=x")
+    for other in (row("megalite native", None, mode="both"), row("torch", None)):
+        with pytest.raises(UserError, match=r"^baseline=x: has none of these lines"):
+            results.comparable(saved, saved.machine, [other], "baseline=x")
     with pytest.raises(UserError, match=r"^baseline=x: was measured with device=.*, this is device=H100"):
-        results.comparable(saved, {**saved.machine, "device": "H100"}, "baseline=x")
+        results.comparable(saved, {**saved.machine, "device": "H100"}, saved.rows, "baseline=x")
     (tmp_path / "bad.json").write_text('{"rows": []}')
     with pytest.raises(UserError, match="is no saved benchmark"):
         results.load(tmp_path / "bad.json", "baseline")
