@@ -17,12 +17,13 @@ from megalite_kernels.gpu.quantize import _power, hardware
 from megalite_kernels.reference.fp8 import BLOCKS
 
 
-def config(chip: Chip, mx: bool) -> dict[str, int]:
-    """A tile of the result, the summed block, stages and warps."""
+def config(chip: Chip, mx: bool, fine: bool = False) -> dict[str, int]:
+    """A tile of the result, the summed block, stages and warps. `fine`: each row of both has scales of its own for every
+    block, which take registers."""
     block = 32 if mx else 128
     if not hardware(chip):
         return {"TILE_M": 64, "TILE_N": 128, "BLOCK_K": block, "num_stages": 2, "num_warps": 8}
-    return {"TILE_M": 64 if mx else 128, "TILE_N": 128, "BLOCK_K": block, "num_stages": 3, "num_warps": 8}
+    return {"TILE_M": 64 if mx or fine else 128, "TILE_N": 128, "BLOCK_K": block, "num_stages": 3, "num_warps": 8}
 
 
 @triton.jit
@@ -95,8 +96,8 @@ def forward(
     """a · bᵀ of contiguous codes; E8M0 scales as uint8."""
     chip = chip or chip_of(a_MK.device)
     (m, k), n, mx = a_MK.shape, b_NK.shape[0], recipe_a == "mxfp8"
-    options = config(chip, mx)
     (rows_a, across_a), (rows_b, across_b) = BLOCKS[recipe_a], BLOCKS[recipe_b]
+    options = config(chip, mx, fine=rows_a == rows_b == 1 and across_a > 0 and across_b > 0)
     c = a_MK.new_empty((m, n), dtype=out_dtype)
     a, b = (x if hardware(chip) else x.view(torch.uint8) for x in (a_MK, b_NK))
     # Descriptors want rows of whole 16 bytes.
