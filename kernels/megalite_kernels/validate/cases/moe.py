@@ -166,7 +166,7 @@ GEMMS = (
         lambda: (random(140, 40), random(5, 40, 72), _offsets(66, 0, 1, 73, 0)), _gemm,
         traffic=_gemm_traffic((66, 0, 1, 73, 0), 40, 72),
     ),
-    Case("grouped_gemm", "rows of nobody", lambda: (random(90, 40), random(3, 40, 24), _offsets(20, 33, 4)), _gemm),
+    Case("grouped_gemm", "rows of nobody", lambda: (random(140, 24), random(3, 24, 16), _offsets(3, 5, 2)), _gemm),
     Case("grouped_gemm", "all to one", lambda: (random(70, 32), random(4, 32, 48), _offsets(0, 0, 70, 0)), _gemm),
     Case("grouped_gemm", "one row", lambda: (random(1, 17), random(3, 17, 5), _offsets(0, 1, 0)), _gemm),
     Case("grouped_gemm", "one expert", lambda: (random(33, 20), random(1, 20, 8), _offsets(33)), _gemm),
