@@ -18,8 +18,8 @@ from megalite_kernels.reference.fp8 import BLOCKS
 
 
 def config(chip: Chip, mx: bool, fine: bool = False) -> dict[str, int]:
-    """A tile of the result, the summed block, stages and warps. `fine`: each row of both has scales of its own for every
-    block, which take registers."""
+    """A tile of the result, the summed block, stages and warps. `fine`: each row of both has a scale for every
+    block, and those take registers."""
     block = 32 if mx else 128
     if not hardware(chip):
         return {"TILE_M": 64, "TILE_N": 128, "BLOCK_K": block, "num_stages": 2, "num_warps": 8}
