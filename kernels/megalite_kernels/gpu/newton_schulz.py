@@ -16,7 +16,7 @@ from megalite_kernels.gpu.launch import launch
 def config(chip: Chip, dtype: torch.dtype) -> dict[str, int]:
     """A square tile of the result, the summed block, stages and warps."""
     if dtype == torch.float32:
-        return {"TILE": 64, "BLOCK_K": 32, "num_stages": 2, "num_warps": 4}
+        return {"TILE": 64, "BLOCK_K": 32, "num_stages": 2, "num_warps": 8}
     if chip.descriptors:
         return {"TILE": 128, "BLOCK_K": 64, "num_stages": 3, "num_warps": 8}
     return {"TILE": 64, "BLOCK_K": 64, "num_stages": 2, "num_warps": 4}
