@@ -7,7 +7,7 @@ from megalite_kernels.activation import geglu, gelu, gelu_tanh, relu2, swiglu, s
 from megalite_kernels.allocator import tune_allocator
 from megalite_kernels.attention import attention
 from megalite_kernels.embedding import embedding
-from megalite_kernels.explain import explain
+from megalite_kernels.explain import decision, explain
 from megalite_kernels.fp8 import dequantize_fp8, fp8_amax, fp8_scale, quantize_fp8, scaled_mm
 from megalite_kernels.linear import linear, weight_gradient
 from megalite_kernels.loss import linear_cross_entropy, vocabulary_parallel_cross_entropy
@@ -22,6 +22,7 @@ __all__ = [
     "adamw_step",
     "apply_rope",
     "attention",
+    "decision",
     "dequantize_fp8",
     "embedding",
     "explain",

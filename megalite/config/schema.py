@@ -33,6 +33,7 @@ class TrainConfig:
         choices=("true", "false", "layout"),
     )
     z_loss: float = key(0.0, "Weight of the squared log-partition penalty on the logits.", minimum=0)
+    kernels: str = key("auto", "Kernels; auto: the best for device and dtype (triton on a CPU is interpreted, to test).", choices=("auto", "triton", "reference"))
     compile: bool = key(False, "torch.compile each transformer block (slow first step, faster later ones).")
     threads: int = key(0, "CPU threads a process; 0: this host's cores divided by its local ranks.", minimum=0)
     dry_run: bool = key(True, "Run one throw-away batch before step 1, so memory and shape errors come at once.")

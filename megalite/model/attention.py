@@ -53,6 +53,7 @@ class Attention(nn.Module):
         self.qk_norm, self.heads, self.kv_heads = config.qk_norm, config.heads, kv_heads(config)
         self.tp: TensorParallel = ALONE
         self.cp: ContextParallel | None = None
+        self.backend = "auto"
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         rows = self.tp.columns(x, (self.query, self.key, self.value))
@@ -64,7 +65,7 @@ class Attention(nn.Module):
             q_BSHD, k_BSKD = self.query_norm(q_BSHD), self.key_norm(k_BSKD)
         rotation = context.rotation if self.window is None else context.local_rotation
         if rotation is not None:
-            q_BSHD, k_BSKD = apply_rope(q_BSHD, *rotation), apply_rope(k_BSKD, *rotation)
+            q_BSHD, k_BSKD = (apply_rope(x, *rotation, backend=self.backend) for x in (q_BSHD, k_BSKD))
         if context.cache is not None:
             k_BSKD, v_BSKD = context.cache.extend(self.layer, k_BSKD, v_BSKD)
         out_BSHD = recompute.run(self.recompute, self.core, q_BSHD, k_BSKD, v_BSKD, context.documents_BS)
@@ -73,5 +74,6 @@ class Attention(nn.Module):
     def core(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents_BS: Tensor | None) -> Tensor:
         attend = attention if self.cp is None else self.cp.attention
         return attend(
-            q_BSHD, k_BTKD, v_BTKD, scale=self.scale, window=self.window, softcap=self.softcap, documents=documents_BS
-        )
+            q_BSHD, k_BTKD, v_BTKD, scale=self.scale, window=self.window, softcap=self.softcap, documents=documents_BS,
+            backend=self.backend,
+        )  # fmt: skip

@@ -35,10 +35,11 @@ class MLP(nn.Module):
         self.up = Linear(hidden, ffn, split="outputs", std=std, bias=bias)
         self.down = Linear(ffn, hidden, split="inputs", std=output_std, bias=bias)
         self.tp: TensorParallel = ALONE
+        self.backend = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.tp.columns(x, (self.gate, self.up) if self.gated else (self.up,))
         return recompute.run(self.recompute, self.contract, *inner)
 
     def contract(self, *inner: Tensor) -> Tensor:
-        return self.down(self.activation(*inner))
+        return self.down(self.activation(*inner, backend=self.backend))

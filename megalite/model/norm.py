@@ -18,9 +18,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = declare(size, role="norm", constant=0.0 if zero_centered else 1.0, sees=sees)
         self.eps, self.zero_centered = eps, zero_centered
+        self.backend = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.zero_centered)
+        y: Tensor = rms_norm(x, self.weight, self.eps, self.zero_centered, backend=self.backend)
+        return y
 
 
 class LayerNorm(nn.Module):
@@ -31,9 +33,11 @@ class LayerNorm(nn.Module):
         self.weight = declare(size, role="norm", constant=1.0)
         self.bias = declare(size, role="norm")
         self.eps = eps
+        self.backend = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        y: Tensor = layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
+        return y
 
 
 def make_norm(config: ModelConfig) -> nn.Module:

@@ -1,4 +1,5 @@
-"""Everything done to a plain model before it trains, in one fixed order: stages, tp, cp, recompute, compile.
+"""Everything done to a plain model before it trains, in one fixed order: stages, tp, cp, kernels, recompute,
+compile.
 
 The model is on the meta device until the end, so a rank never holds more than its part. ZeRO is not here: it shards
 what the optimizer and the gradients hold, not what the model computes (`parallel/data.py`).
@@ -28,6 +29,7 @@ def parallelize(
     spread_tensors(stages, tp, sorted({placement[0], placement[-1]}))
     spread_context(stages, comm)
     for stage in stages:
+        apply_kernels(stage, config.train.kernels)
         apply_recompute(stage, config.recompute)
         if config.train.compile:
             apply_compile(stage)
@@ -54,6 +56,13 @@ def spread_context(stages: Sequence[nn.Module], comm: Communicator) -> None:
         for module in (module for stage in stages for module in stage.modules()):
             if hasattr(module, "cp"):
                 module.cp = cp  # type: ignore[assignment]
+
+
+def apply_kernels(model: nn.Module, backend: str) -> None:
+    """Tell every module that calls kernels which to take."""
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = backend  # type: ignore[assignment]
 
 
 def apply_recompute(model: Transformer, recompute: RecomputeConfig) -> None:

@@ -78,6 +78,7 @@ class Transformer(nn.Module):
         self.local_rope = RopeTables(RopeConfig(theta=theta), rotated) if self.rope and theta else None
         self.first = self.last = True
         self.tp: TensorParallel = ALONE
+        self.backend = "auto"
         self.cp: ContextParallel | None = None
 
     def stage(self, layers: Iterable[int], first: bool, last: bool) -> "Transformer":
@@ -152,7 +153,9 @@ class Transformer(nn.Module):
         hidden = self(tokens_BS, documents_BS, x=x)
         targets_N = (targets_BS if self.cp is None else self.cp.take(targets_BS)).flatten()
         cap = self.config.logit_softcap
-        return Losses(*self.tp.cross_entropy(hidden, self.head_weight, targets_N, self.vocab, z_loss, cap))
+        return Losses(
+            *self.tp.cross_entropy(hidden, self.head_weight, targets_N, self.vocab, z_loss, cap, self.backend)
+        )
 
     def _positions(self, tokens_BS: Tensor, documents_BS: Tensor | None) -> Tensor | None:
         """Positions [B, S] of this rank's tokens; None: 0, 1, … from the start in every row."""

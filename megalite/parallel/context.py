@@ -47,6 +47,7 @@ class ContextParallel:
         window: int | None = None,
         softcap: float | None = None,
         documents: Tensor | None = None,
+        backend: str = "auto",
     ) -> Tensor:
         """Causal attention [B, S, H, D] of this rank's queries over the whole row; see `megalite_kernels.attention`.
 
@@ -59,7 +60,7 @@ class ContextParallel:
             raise ValueError(f"context parallelism: documents are {list(documents.shape)}, rows {[batch, length]}")
         q, k, v = self._spread_heads(q_BSHD, k_BSKD, v_BSKD)
         if self.ring == 1:
-            out = attention(q, k, v, scale=scale, window=window, softcap=softcap, documents=documents)
+            out = attention(q, k, v, scale=scale, window=window, softcap=softcap, documents=documents, backend=backend)
         else:
             whole = q.new_empty(()).expand(batch, length, 1, 1)
             spans = visible_spans(whole, length, True, -1 if window is None else window, documents)

@@ -83,17 +83,21 @@ class TensorParallel:
         return self.leave(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
 
     def cross_entropy(
-        self, x: Tensor, weight_VE: Tensor, targets_N: Tensor, vocab: int, z_loss: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, weight_VE: Tensor, targets_N: Tensor, vocab: int, z_loss: float, softcap: float | None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(nll_sum, z_sum) of all tokens, replicated, from the residual stream; the logits are never joined."""
         hidden_NE = self.enter(x).flatten(0, -2)
         if self.size == 1:
-            return linear_cross_entropy(hidden_NE, weight_VE, targets_N, z_loss=z_loss, softcap=softcap)
+            return linear_cross_entropy(
+                hidden_NE, weight_VE, targets_N, z_loss=z_loss, softcap=softcap, backend=backend
+            )
         self._must_be_replicated("the targets of the loss", targets_N)
         first, _ = part(vocab, self.size, self.index)
         losses = vocabulary_parallel_cross_entropy(
             hidden_NE, weight_VE, targets_N,
             first=first, vocab=vocab, shards=self.size, combine=self._combine, z_loss=z_loss, softcap=softcap,
+            backend=backend,
         )  # fmt: skip
         self._must_be_replicated("the loss", *losses)
         return losses

@@ -15,7 +15,7 @@ from megalite.data.bundle import DataBundle, prepare_data
 from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.model.parallelize import parallelize
-from megalite.model.size import flops_per_token, parameter_counts
+from megalite.model.size import flops_per_token, head_dim, parameter_counts
 from megalite.model.transformer import Transformer
 from megalite.optim.optimizer import Optimizer
 from megalite.parallel.data import Gradients
@@ -106,6 +106,21 @@ def shards_weights(config: Config, mesh: Mesh) -> bool:
     return config.parallel.zero == 3 and config.parallel.engine == "megalite" and mesh.size("shard") > 1
 
 
+def backends(config: Config, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Which kernels this run takes, and why not others. UserError where `train.kernels` cannot do it."""
+    model = config.model
+    asked = {
+        "dims": (head_dim(model), head_dim(model)),
+        "softcap": model.attention_softcap is not None,
+        "window": model.window is not None,
+        "documents": config.data.packing == "documents",
+    }
+    try:
+        return explain(device, dtype, config.train.compile, config.train.kernels, asked)
+    except ValueError as error:
+        raise UserError(f"train.kernels={config.train.kernels}: {error}; auto takes what can") from None
+
+
 def layers_of_stages(
     config: Config, comm: Communicator, vocab: int, stages: int, precision: Precision, device: torch.device
 ) -> list[range]:
@@ -193,7 +208,7 @@ def run_facts(
         "tokenizer": config.data.tokenizer,
         "data_notes": data.notes,
         "vocab": vocab,
-        "backends": explain(world.device, precision.compute, config.train.compile),
+        "backends": backends(config, world.device, precision.compute),
         "peak_flops": measured_matmul_peak(world.device, precision.compute, threads),
         "flops_per_token": flops_per_token(config.model, vocab, sequence),
         "predicted_memory_gb": predict(
