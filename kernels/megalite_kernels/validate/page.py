@@ -13,6 +13,7 @@ import triton
 from megalite_kernels.gpu.chips import CHIPS, Chip
 from megalite_kernels.gpu.compile import Compiled
 from megalite_kernels.validate.case import Case, Sweep
+from megalite_kernels.validate.faults import FAULTS
 from megalite_kernels.validate.levels import Safety
 
 HEAD = """# Kernels and the evidence for them
@@ -97,6 +98,9 @@ def page(docs: Path, cases: Sequence[Case], sweeps: Sequence[Sweep], compiled: d
         ("op", *(f"{chip.name} ({chip.part})" for chip in CHIPS.values())),
         ([op, *(_built(op, chip, compiled) for chip in CHIPS.values())] for op in swept),
     )
+    lines += ["", "## Bugs planted, one at a time", ""]
+    lines += [f"{len(FAULTS)}, all caught: `tests/kernels/test_planted.py` plants them and asks the level named.", ""]
+    lines += _table(("bug", "op", "caught by"), ((fault.name, fault.op, fault.level) for fault in FAULTS))
     lines += ["", "## E5: what the bytes and operations allow at best", ""]
     lines += [
         "A bound from datasheet peaks, not a measurement: the larger of bytes over bandwidth and FLOPs over peak.",
