@@ -1,7 +1,8 @@
 """The levels of evidence for one case: exact enough (E1), safe in memory (E3), compiled (E4), no more traffic (E5)."""
 
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -111,19 +112,17 @@ def safety(case: Case) -> Safety:
     """
     watch = Sanitizer()
     run = partial(outputs_and_gradients, partial(case.call, backend="triton"), list(case.inputs()), torch.float32)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
-    token = sanitizer.set(watch)
-    try:
-        first = run()
-    finally:
-        sanitizer.reset(token)
-    order = arrange.set(_shuffled)
-    try:
-        second = run()
-    finally:
-        arrange.reset(order)
-        torch.use_deterministic_algorithms(deterministic)
+    with _filled_memory():
+        token = sanitizer.set(watch)
+        try:
+            first = run()
+        finally:
+            sanitizer.reset(token)
+        order = arrange.set(_shuffled)
+        try:
+            second = run()
+        finally:
+            arrange.reset(order)
     truth = outputs_and_gradients(partial(case.call, backend="reference"), list(case.inputs()), torch.float32)
     return Safety(
         case,
@@ -131,6 +130,17 @@ def safety(case: Case) -> Safety:
         all(_same_bits(a, b) for a, b in zip(first, second, strict=True)),
         all(_same_gaps(a, t) for a, t in zip(first, truth, strict=True)),
     )
+
+
+@contextlib.contextmanager
+def _filled_memory() -> Iterator[None]:
+    """Inside, torch fills what torch.empty returns."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _shuffled(programs: Programs) -> Programs:
