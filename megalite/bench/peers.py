@@ -262,10 +262,9 @@ def installed(device: torch.device) -> list[str]:
 
 
 def asked(names: Iterable[str], op: str, device: torch.device) -> tuple[list[str], list[str]]:
-    """The peers to run, in their order, and lines on those that have no such op.
+    """The peers to run, in their order, and a line on each that cannot: no such op, not installed, not for this device.
 
-    "installed" means all that are, "flash_attn" every version of it that is. Raises UserError for one that is unknown,
-    not installed, or of no use on this device.
+    "installed" means all that are, "flash_attn" every version of it that is. Raises UserError for an unknown name.
     """
     here, found, notes, problems = installed(device), [], [], []
     for name in dict.fromkeys(names):
@@ -279,9 +278,9 @@ def asked(names: Iterable[str], op: str, device: torch.device) -> tuple[list[str
         versions = [name] if name in PEERS else [peer for peer in FLASH if PEERS[peer].version()] or ["flash2"]
         peer = PEERS[versions[0]]
         if peer.version() is None:
-            problems.append(f"against={name}: {peer.package} is not installed; {peer.install}; or leave it out")
+            notes.append(f"{name}: {peer.package} is not installed; {peer.install}")
         elif versions[0] not in here:
-            problems.append(f"against={name}: {peer.package} needs a CUDA device; leave it out")
+            notes.append(f"{name}: {peer.package} needs a CUDA device")
         elif op not in peer.ops:
             notes.append(f"{name}: has no {op}")
         else:

@@ -310,13 +310,13 @@ def test_peers_that_are_installed_missing_or_without_the_op(monkeypatch: pytest.
     )
     with pytest.raises(UserError) as caught:
         peers.asked(["te", "xformers", "sdpa"], "attention", cuda)
-    assert caught.value.lines[0].startswith("against=te: transformer-engine is not installed; pip install")
-    assert caught.value.lines[1].startswith("against=xformers: no such peer; legal: installed, sdpa, torch")
-    with pytest.raises(UserError, match="against=liger: liger-kernel needs a CUDA device; leave it out"):
-        peers.asked(["liger"], "rope", CPU)
+    assert caught.value.lines[0].startswith("against=xformers: no such peer; legal: installed, sdpa, torch")
     del there["flash-attn-3"]
-    with pytest.raises(UserError, match="against=flash_attn: flash-attn is not installed"):
-        peers.asked(["flash_attn"], "attention", cuda)
+    found, notes = peers.asked(["te", "sdpa", "flash_attn"], "attention", cuda)
+    assert found == ["sdpa"]
+    assert notes[0].startswith("te: transformer-engine is not installed; pip install")
+    assert notes[1].startswith("flash_attn: flash-attn is not installed; pip install")
+    assert peers.asked(["liger"], "rope", CPU) == ([], ["liger: liger-kernel needs a CUDA device"])
 
 
 def test_what_is_written_twice_agrees() -> None:
@@ -339,7 +339,6 @@ def test_what_is_right_in_float64_too() -> None:
         (["attnetion"], "attnetion: no such op; nearest: attention; legal: attention, rms_norm"),
         (["rope", "shapes=llama9"], "shapes=llama9: no such model; legal: gemma2_27b,"),
         (["rope", "against=xformers"], "against=xformers: no such peer; legal: installed, sdpa"),
-        (["attention", "--against", "sdpa,flash_attn"], "against=flash_attn: flash-attn is not installed; pip install"),
         (["rope", "causal=false"], "causal=false: rope has no such thing; it has heads, kv_heads, head_dim"),
         (["rope", "--seq"], "--seq: needs a value, as in --seq VALUE or seq=VALUE"),
         (["rope", "--seq", "0"], "seq=0: at least 1"),

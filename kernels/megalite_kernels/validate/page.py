@@ -64,6 +64,20 @@ class Evidence:
             if counted != formula:
                 self.wrong.append(f"{case}: moves {counted} (loaded, stored, FLOPs), the formula says {formula}")
 
+    def add(self, other: "Evidence") -> None:
+        """What another process found."""
+        for op, worst in other.worst.items():
+            mine = self.worst.setdefault(op, {})
+            mine |= {dtype: max(error, mine.get(dtype, 0.0)) for dtype, error in worst.items()}
+        for counts, more in (
+            (self.cases, other.cases),
+            (self.safe_cases, other.safe_cases),
+            (self.traffic, other.traffic),
+        ):
+            for op, number in more.items():
+                counts[op] = counts.get(op, 0) + number
+        self.wrong += other.wrong
+
     def save(self, docs: Path) -> None:
         on = torch.cuda.get_device_name() if self.device == "cuda" else "interpreter"
         entry = {

@@ -53,7 +53,9 @@ def save(entries: dict[str, Compiled], path: Path = FILE) -> None:
     """One line an entry, in an order that does not move when a kernel changes."""
     ordered = sorted(entries.items(), key=lambda item: (item[1].sweep, item[1].chip, item[1].kernel, item[0]))
     lines = (json.dumps({"key": name} | asdict(entry)) for name, entry in ordered)
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    beside = path.with_suffix(".new")
+    beside.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    beside.replace(path)  # others read it meanwhile
 
 
 def refresh(sweep: Sweep, chip: Chip, known: dict[str, Compiled]) -> dict[str, Compiled]:
