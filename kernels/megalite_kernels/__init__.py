@@ -1,4 +1,4 @@
-"""Ops that decide training speed, as plain functions on tensors; `reference.py` is their specification.
+"""Ops that decide training speed, as plain functions on tensors; `reference` is their specification.
 
 Imports torch alone and knows nothing of megalite. Shapes and meaning of each op: see its reference.
 """
