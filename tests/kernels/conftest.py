@@ -6,6 +6,23 @@ import pytest
 from megalite_kernels import build, capability, dispatch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: kernels run there")
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With `--device cuda` (pytest tests/kernels --device cuda) whatever tests interpret runs on the GPU instead."""
+    if request.config.getoption("--device", default="cpu") == "cpu":
+        yield
+        return
+    from megalite_kernels.gpu.launch import elsewhere
+
+    token = elsewhere.set("cuda")
+    yield
+    elsewhere.reset(token)
+
+
 @pytest.fixture(params=["compiled", "no compiler", "bf16 hardware"])
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each implementation in turn; "bf16 hardware" claims an instruction set, so bf16 goes to PyTorch's product."""

@@ -6,7 +6,7 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
 import triton.language as tl  # noqa: E402
 from megalite_kernels.gpu.interpret import sanitizer  # noqa: E402
-from megalite_kernels.gpu.launch import launch, recording  # noqa: E402
+from megalite_kernels.gpu.launch import elsewhere, launch, recording  # noqa: E402
 from megalite_kernels.gpu.sanitize import OutOfBounds, Sanitizer  # noqa: E402
 
 NARROW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -113,3 +113,28 @@ def test_recording_runs_nothing() -> None:
         launch(_double, (2,), x, y, 64, SKIP=0, BLOCK=32, num_warps=8)
     assert [(one.grid, one.num_warps, one.arguments["BLOCK"]) for one in launches] == [((2,), 8, 32)]
     assert not y.any()
+
+
+def test_launches_can_go_elsewhere_and_come_back() -> None:
+    """As on a GPU: the kernel sees copies, views of one memory stay so, and what it wrote arrives."""
+    memory = torch.arange(8.0)
+    left, right = memory[:4], memory[2:6]
+
+    class Kernel:
+        @staticmethod
+        def fn(a_ptr: torch.Tensor, b_ptr: torch.Tensor, size: int) -> None: ...
+
+        def __getitem__(self, grid: tuple[int, ...]) -> "Kernel":
+            return self
+
+        def __call__(self, a_ptr: torch.Tensor, b_ptr: torch.Tensor, size: int, **options: int) -> None:
+            assert a_ptr.data_ptr() != left.data_ptr()
+            a_ptr += size
+            b_ptr *= 2
+
+    token = elsewhere.set("cpu")
+    try:
+        launch(Kernel(), (1,), left, right, 10)
+    finally:
+        elsewhere.reset(token)
+    assert memory.tolist() == [10, 11, 24, 26, 8, 10, 6, 7]

@@ -12,8 +12,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+elsewhere: ContextVar[str] = ContextVar("elsewhere", default="")
+"""A GPU that takes the launches on CPU tensors: they go there and come back, so that tests written for the interpreter
+run on hardware too. Empty: none."""
 _recorder: ContextVar["list[Launch] | None"] = ContextVar("recorder", default=None)
 
 
@@ -44,10 +48,36 @@ def launch(
         recorder.append(Launch(kernel, grid, bound, num_warps, num_stages))
     elif any(isinstance(x, Tensor) and x.device.type == "cuda" for x in bound.values()):
         kernel[grid](**bound, num_warps=num_warps, num_stages=num_stages)
+    elif elsewhere.get() and not reaches:
+        there = _Copies(elsewhere.get())
+        kernel[grid](**{n: there.of(x) for n, x in bound.items()}, num_warps=num_warps, num_stages=num_stages)
+        there.back()
     else:
         from megalite_kernels.gpu.interpret import interpret
 
         interpret(kernel, grid, bound, reaches)
+
+
+class _Copies:
+    """Copies of tensors on another device, one of each storage, so that views stay views of one memory."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.made: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def of(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        here = x.untyped_storage()
+        if here.data_ptr() not in self.made:
+            copy = torch.UntypedStorage(here.nbytes(), device=self.device).copy_(here)
+            self.made[here.data_ptr()] = (here, copy)
+        there = torch.empty(0, dtype=x.dtype, device=self.device)
+        return there.set_(self.made[here.data_ptr()][1], x.storage_offset(), x.shape, x.stride())
+
+    def back(self) -> None:
+        for here, there in self.made.values():
+            here.copy_(there)
 
 
 @contextlib.contextmanager

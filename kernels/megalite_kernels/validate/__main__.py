@@ -3,14 +3,17 @@
     python -m megalite_kernels.validate [op …] [--device cuda] [--docs FOLDER]
 
 Without a GPU: every case interpreted (E1, E3, E5) and every launch compiled for every chip (E4; what is on record is
-not compiled again). On one (`--device cuda`): every case run there (E1), and twice for the same bits; its JSON lands
-beside the page, which then says so. Exit code 1 if anything is wrong.
+not compiled again). On one (`--device cuda`): every case run there (E1), and twice for the same bits; then, in a
+checkout, the properties (E2) and the benchmarks; its JSON lands beside the page, which then says so. Exit code 1 if
+anything is wrong.
 """
 
 import argparse
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -49,6 +52,8 @@ def main() -> int:
             _say(f"{number}/{len(cases)} cases, {len(found.wrong)} wrong")
         if given.device == "cpu":
             _compile(found, given.ops, pool)
+        elif (DOCS.parent / "tests" / "kernels").is_dir() and not given.ops:
+            found.wrong += [f"{' '.join(words)}: exit code {code}" for words, code in _on_a_gpu() if code]
     print("", *found.wrong or ["all right"], sep="\n")
     if not given.ops:
         given.docs.mkdir(exist_ok=True)
@@ -59,6 +64,13 @@ def main() -> int:
 
 def _say(text: str) -> None:
     print(f"\r{text}   ", end="", file=sys.stderr, flush=True)
+
+
+def _on_a_gpu() -> Iterator[tuple[list[str], int]]:
+    """The properties on hardware, then every op beside what is installed; with their exit codes."""
+    properties = ["-m", "pytest", "-q", "tests/kernels", "--device", "cuda", "-k", "triton or moe or fp8"]
+    for words in (properties, ["benchmarks/kernels/run_all.py"]):
+        yield words, subprocess.run([sys.executable, *words], cwd=DOCS.parent).returncode
 
 
 def _compile(found: page.Evidence, ops: list[str], pool: ProcessPoolExecutor) -> None:
