@@ -154,7 +154,28 @@ def _sweep(name: str, dtype: torch.dtype, dim: int, value_dim: int, **options: A
         f"{name}, heads of {dim}{f' and {value_dim}' if value_dim != dim else ''} {str(dtype).removeprefix('torch.')}"
     )
     run = partial(_both_ways, dtype=dtype, dim=dim, value_dim=value_dim, **options)
-    return Sweep("attention", name, run, products=dtype != torch.float32)  # float32 is multiplied in float32
+    # float32 is multiplied in float32
+    return Sweep(
+        "attention", name, run, products=dtype != torch.float32, moves=_moves(dim, value_dim, dtype, **options)
+    )
+
+
+def _moves(
+    dim: int, value_dim: int, dtype: torch.dtype, causal: bool = True, window: int | None = None, spans: bool = False,
+    **_: Any,
+) -> Traffic | None:  # fmt: skip
+    """Both ways at least: two products forward, five back; q, k, v and out once each way. None: documents decide."""
+    if spans:
+        return None
+    length, heads, key_heads = 8192, 2 * 32, 2 * 8
+    seen = length * (length + 1) // 2 if causal else length * length
+    if window is not None:
+        seen -= (length - window) * (length - window + 1) // 2
+    queries, keys = heads * length * dtype.itemsize, key_heads * length * dtype.itemsize
+    once = queries * (dim + value_dim) + keys * (dim + value_dim)
+    loaded = once - queries * value_dim + once + queries * value_dim
+    stored = queries * value_dim + queries * dim + keys * (dim + value_dim)
+    return Traffic(loaded, stored, heads * seen * 2 * ((dim + value_dim) + (3 * dim + 2 * value_dim)))
 
 
 def _deltas(chip: Chip) -> None:
