@@ -75,7 +75,10 @@ def sources() -> str:
     root, digest = Path(__file__).parents[2], hashlib.blake2b(digest_size=6)
     folders = ("model", "parallel", "pipeline", "optim", "comm.py", "mesh.py")
     files = [path for folder in folders for path in _python(root / "megalite" / folder)]
-    for path in [*files, *_python(root / "kernels" / "megalite_kernels"), Path(__file__).parent / "layouts.py"]:
+    kernels = root / "kernels" / "megalite_kernels"
+    unused = (kernels / "gpu", kernels / "validate")  # no layout here runs them
+    files += [path for path in _python(kernels) if not any(path.is_relative_to(folder) for folder in unused)]
+    for path in [*files, Path(__file__).parent / "layouts.py"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
