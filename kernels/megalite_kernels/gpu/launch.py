@@ -44,10 +44,12 @@ def launch(
         return
     recorder = _recorder.get()
     bound = inspect.signature(kernel.fn).bind(*arguments, **named).arguments
+    gpu = next((x.device for x in bound.values() if isinstance(x, Tensor) and x.device.type == "cuda"), None)
     if recorder is not None:
         recorder.append(Launch(kernel, grid, bound, num_warps, num_stages))
-    elif any(isinstance(x, Tensor) and x.device.type == "cuda" for x in bound.values()):
-        kernel[grid](**bound, num_warps=num_warps, num_stages=num_stages)
+    elif gpu is not None:
+        with torch.cuda.device(gpu):  # Triton starts on the current device, wherever the tensors lie
+            kernel[grid](**bound, num_warps=num_warps, num_stages=num_stages)
     elif elsewhere.get() and not reaches:
         there = _Copies(elsewhere.get())
         kernel[grid](**{n: there.of(x) for n, x in bound.items()}, num_warps=num_warps, num_stages=num_stages)
