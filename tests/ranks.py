@@ -16,7 +16,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from itertools import count
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -29,22 +28,31 @@ KEPT, LINE = 8, 120
 """Of every rank's collectives the last so many are shown when one hangs, each in so many bytes."""
 
 
-def _keep_last_calls(path: str) -> None:
-    """Every call of any communicator of this process leaves a line in a file that outlives a rank stuck in C."""
+def _keep_last_calls(path: str) -> Callable[[], None]:
+    """Every call of any communicator of this process leaves a line in a file that outlives a rank stuck in C. Returned:
+    what forgets them."""
+    from megalite import comm
     from megalite.comm import Communicator
 
+    comm._HERE += (__file__,)  # a call's site is outside the door, and this is part of the door now
     with open(path, "r+b") as file:
         file.truncate(KEPT * LINE)
         memory = mmap.mmap(file.fileno(), KEPT * LINE)
-    note, numbers = Communicator._note, count(1)
+    note, calls = Communicator._note, 0
 
     def noted(self: Any, op: str, axes: tuple[str, ...], tensor: torch.Tensor, ranks: tuple[int, ...]) -> None:
-        number = next(numbers)
-        text = f"{number}: {op} over {','.join(axes)} {tensor.dtype}{list(tensor.shape)} among {list(ranks)}"
-        memory[number % KEPT * LINE : (number % KEPT + 1) * LINE] = text.encode()[:LINE].ljust(LINE)
+        nonlocal calls
+        calls += 1
+        text = f"{calls}: {op} over {','.join(axes)} {tensor.dtype}{list(tensor.shape)} among {list(ranks)}"
+        memory[calls % KEPT * LINE : (calls % KEPT + 1) * LINE] = text.encode()[:LINE].ljust(LINE)
         note(self, op, axes, tensor, ranks)
 
+    def forget() -> None:
+        nonlocal calls
+        calls, memory[:] = 0, bytes(KEPT * LINE)
+
     Communicator._note = noted  # type: ignore[method-assign]
+    return forget
 
 
 def _last_calls(path: str) -> str:
@@ -57,7 +65,7 @@ def _serve(pipe: Connection, stacks: str, calls: str) -> None:
     from megalite.world import leave
 
     torch.set_num_threads(1)
-    _keep_last_calls(calls)
+    forget = _keep_last_calls(calls)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file, all_threads=True)
@@ -75,6 +83,7 @@ def _serve(pipe: Connection, stacks: str, calls: str) -> None:
                 MASTER_PORT=str(port),
                 TORCHELASTIC_USE_AGENT_STORE="False",
             )
+            forget()
             try:
                 pipe.send(("ok", function(*arguments)))
             except BaseException:

@@ -45,7 +45,8 @@ def attention(
 
     documents[B, S]: document number of each position, never decreasing along a row; needs T == S. cu_seqlens: int32
     or int64; the longest documents, `max_seqlen_q` and `max_seqlen_k`, help flash-attn. sinks [H] take their gradient.
-    q, k, v: one dtype and device. `deterministic`: the same gradients every time; all but flash-attn's are.
+    q, k, v: one dtype and device. `deterministic`: the same gradients every time, also
+    asked for by torch.use_deterministic_algorithms; all but flash-attn's and PyTorch's on a GPU are.
     Raises ValueError for tensors that do not belong together, or a backend that cannot do this.
     """
     packed = cu_seqlens_q is not None
@@ -56,6 +57,7 @@ def attention(
     if cu_seqlens_k is not None and not packed:
         raise ValueError("attention: cu_seqlens_k needs cu_seqlens_q")
     queries, keys = q.shape[1], k.shape[1]
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     features = (
         ("dims", (q.shape[3], v.shape[3])),
         ("sinks", sinks is not None),
@@ -95,6 +97,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, sinks: Ten
         raise ValueError(f"attention: needs q [B, S, H, D], k [B, T, K, D] and v [B, T, K, E], not {shapes}")
     if not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {q.shape[2]} query heads are no multiple of {k.shape[2]} key heads")
+    if sinks is not None and sinks.device != q.device:
+        raise ValueError(f"attention: sinks are on {sinks.device}, queries on {q.device}")
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         kinds = ", ".join(f"{x.dtype} ({x.device})" for x in (q, k, v))
         raise ValueError(f"attention: q, k and v need one dtype and device, not {kinds}")

@@ -11,6 +11,7 @@ from megalite_kernels.dispatch import (
     Obstacle,
     Request,
     choose,
+    import_failure,
     interpreted,
     never,
     no_triton,
@@ -18,7 +19,16 @@ from megalite_kernels.dispatch import (
 
 LARGEST_HEAD = 256
 MLA = (192, 128)
+OLDEST_FLASH_4 = "4.0.0b36"
+"""The version whose calls were read and probed."""
 EVERY_CHIP = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """4.0.0b36 as (4, 0, 0, 36); a release comes after all its betas."""
+    release, beta, number = version.partition("b")
+    parts = [int("".join(c for c in part if c.isdigit()) or 0) for part in [*release.split("."), "0", "0"][:3]]
+    return *parts, int("".join(c for c in number if c.isdigit()) or 0) if beta else 1 << 30
 
 
 def _older(version: str, major: int, minor: int) -> bool:
@@ -35,6 +45,8 @@ def _no_flash(package: str, chips: tuple[str, ...]) -> Obstacle:
             return f"{package} is not installed"
         if request.chip not in chips:
             return f"it has no kernels for {request.chip}"
+        if machine.real and (failure := import_failure(package)):
+            return f"{package} does not import: {failure}"
         if request.dtype not in (torch.bfloat16, torch.float16):
             return "flash-attn is for bf16 and fp16"
         if request.feature("lse"):
@@ -54,6 +66,11 @@ def _no_flash(package: str, chips: tuple[str, ...]) -> Obstacle:
 
 def _no_flash_4(request: Request, machine: Machine) -> str | None:
     dims, blackwell = request.feature("dims"), request.chip == "sm_100"
+    found = machine.version_of("flash-attn-4")
+    if found is not None and _number(found) < _number(OLDEST_FLASH_4):
+        return f"flash-attn-4 {found} is older than {OLDEST_FLASH_4}: sinks without a gradient, another softcap"
+    if request.feature("packed") and request.feature("softcap"):
+        return "no backward of packed documents with a softcap"
     if dims[0] != dims[1] and dims != MLA:
         return f"head sizes {dims}; it has equal ones and {MLA}"
     if blackwell and 128 < dims[0] < LARGEST_HEAD and dims != MLA:
@@ -75,6 +92,8 @@ def _no_flash_3(request: Request, machine: Machine) -> str | None:
 
 
 def _no_flash_2(request: Request, machine: Machine) -> str | None:
+    if request.chip == "gfx942" and request.feature("softcap"):
+        return "flash-attn's kernels for AMD take a softcap and ignore it"
     found = machine.version_of("flash-attn")
     if found is not None and _older(found, 2, 6):
         return f"flash-attn {found} is older than 2.6"
@@ -101,6 +120,8 @@ def _no_sdpa(request: Request, machine: Machine) -> str | None:
             return f"PyTorch's kernel knows no {feature}"
     if request.feature("lse"):
         return "PyTorch's kernel gives no log-sum-exp"
+    if request.feature("deterministic") and request.device == "cuda":
+        return "PyTorch's kernels on a GPU may add gradients in any order"
     if not request.feature("aligned"):
         return "its causal mask is aligned at the first key, not at the last"
     return "nothing to compute" if request.feature("empty") else None

@@ -5,8 +5,9 @@ first that nothing keeps back; a backend asked for by name runs or is refused wi
 device, chip, dtype and the features asked for, never on a tensor's values, and is made once for each such request.
 """
 
+import contextlib
 import functools
-import importlib.util
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -24,32 +25,59 @@ class Machine:
     packages: tuple[tuple[str, str], ...]
     compiled: str | None
     """Why the CPU kernels in C do not run; None when they do."""
+    real: bool = False
+    """Whether it is this very machine, where packages can be tried."""
 
     def version_of(self, package: str) -> str | None:
         return dict(self.packages).get(package)
 
 
 PACKAGES = {
-    "triton": "triton",
-    "flash-attn": "flash_attn",
-    "flash-attn-3": "flash_attn_3",
-    "flash-attn-4": "flash_attn",
+    "triton": ("triton", "triton-windows", "triton-rocm", "pytorch-triton", "pytorch-triton-rocm"),
+    "flash-attn": ("flash-attn",),
+    "flash-attn-3": ("flash-attn-3",),
+    "flash-attn-4": ("flash-attn-4",),
 }
-"""Distribution -> what it lets one import."""
+"""Package -> the distributions that bring it."""
+MODULES = {
+    "flash-attn": ("flash_attn",),
+    "flash-attn-3": ("flash_attn_interface", "flash_attn_3.flash_attn_interface"),
+    "flash-attn-4": ("flash_attn.cute",),
+}
+"""Package -> its module, by the names that its versions gave it."""
+
+
+@functools.cache
+def import_module(package: str) -> Any:
+    """The module of a flash-attn package. Raises ImportError with what each name said."""
+    said = []
+    for name in MODULES[package]:
+        try:
+            return importlib.import_module(name)
+        except Exception as error:  # a build for another torch fails in its own ways
+            said.append(f"{name}: {error}")
+    raise ImportError("; ".join(said))
+
+
+@functools.cache
+def import_failure(package: str) -> str | None:
+    """Why a package that is installed cannot be used; None: it can."""
+    try:
+        import_module(package)
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 @functools.cache
 def this_machine() -> Machine:
-    found = {}
-    for package, module in PACKAGES.items():
-        if importlib.util.find_spec(module.partition(".")[0]) is None:
-            continue
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    found: dict[str, str] = {}
+    for package, distributions in PACKAGES.items():
+        for distribution in distributions:
+            with contextlib.suppress(PackageNotFoundError):
+                found.setdefault(package, version(distribution))
     built = library()
-    return Machine(tuple(found.items()), None if built.functions is not None else built.reason)
+    return Machine(tuple(found.items()), None if built.functions is not None else built.reason, real=True)
 
 
 @dataclass(frozen=True)

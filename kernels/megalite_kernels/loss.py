@@ -111,7 +111,8 @@ def vocabulary_parallel_cross_entropy(
             f"vocabulary_parallel_cross_entropy: weight has rows {first} to {first + weight_VD.shape[0]} of {vocab},"
             " which is no shard of it; give this rank's rows, or use linear_cross_entropy for a whole weight"
         )
-    rows = choose("vocabulary_parallel_cross_entropy", backend, hidden_ND.device.type, hidden_ND.dtype)
+    wanted = "torch" if backend == "reference" else backend  # no one process could run a reference of this
+    rows = choose("vocabulary_parallel_cross_entropy", wanted, hidden_ND.device.type, hidden_ND.dtype)
     shard = _Shard(first, vocab, -(-vocab // shards), combine)
     result: tuple[Tensor, Tensor] = _VocabularyParallel.apply(
         hidden_ND, weight_VD, targets_N, z_loss, softcap or 0.0, ignore_index, torch.is_grad_enabled(), rows, shard
@@ -314,7 +315,9 @@ def _backward(
         _, _, grad_hidden, grad_weight = _pass(
             hidden_ND, weight_VD, targets_N, weights, softcap, ignore_index, hidden_grad, weight_grad, rows, shard
         )
-    return (grad_hidden * factor).to(hidden_ND.dtype), (grad_weight * factor).to(weight_VD.dtype)
+    scaled = ((grad_hidden, hidden_ND), (grad_weight, weight_VD))
+    hidden, weight = (torch.mul(grad, factor, out=torch.empty_like(grad, dtype=like.dtype)) for grad, like in scaled)
+    return hidden, weight
 
 
 @torch.library.custom_op("megalite::linear_cross_entropy", mutates_args=())

@@ -165,8 +165,11 @@ class _GroupedMM(torch.autograd.Function):
         if not need_w:
             return grad_x, None, None
         if w.stride(1) == 1:  # a transposed weight's gradient lies as the weight does
-            return grad_x, F.grouped_mm(grad.T, x, offs=offsets[1:]).transpose(1, 2), None
-        return grad_x, F.grouped_mm(x.T, grad, offs=offsets[1:]), None
+            grad_w = F.grouped_mm(grad.T, x, offs=offsets[1:]).transpose(1, 2)
+        else:
+            grad_w = F.grouped_mm(x.T, grad, offs=offsets[1:])
+        empty = offsets[1:] == offsets[:-1]  # some builds leave what was in memory where there was nothing to add
+        return grad_x, grad_w.masked_fill_(empty[:, None, None], 0.0), None
 
     @staticmethod
     def product(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor) -> Tensor:

@@ -65,9 +65,12 @@ def _fast(x: Tensor, weight_D: Tensor) -> bool:
 def _triton(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centered: bool, one_plus: bool
 ) -> Any:
-    if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
-        shapes = ", ".join(str(list(t.shape)) for t in (x, weight, residual) if t is not None)
-        raise ValueError(f"norm: needs x [..., D], weight [D] and a residual like x, not {shapes}")
+    fitting = weight.shape == x.shape[-1:] and (bias is None or bias.shape == weight.shape)
+    if not fitting or (residual is not None and residual.shape != x.shape):
+        shapes = ", ".join(str(list(t.shape)) for t in (x, weight, bias, residual) if t is not None)
+        raise ValueError(f"norm: needs x [..., D], weight [D], bias [D] and a residual like x, not {shapes}")
+    if any(t is not None and t.device != x.device for t in (weight, bias, residual)):
+        raise ValueError("norm: x, weight, bias and residual are on different devices")
     from megalite_kernels.gpu.norm import norm
 
     rows = None if residual is None else residual.reshape(-1, x.shape[-1])

@@ -84,7 +84,7 @@ def gradient_norm(tensors: Sequence[Tensor], *, backend: str = "auto") -> Tensor
 
         return norm([x.contiguous() for x in tensors])
     if chosen == "torch":
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))).double())
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), dtype=torch.float32)).double())
     return reference.gradient_norm(tensors)
 
 

@@ -66,7 +66,7 @@ class ContextParallel:
             spans = visible_spans(whole, length, True, -1 if window is None else window, documents)
             pieces = zigzag(length, self.ring, self.comm.mesh.index("ring"))
             low, high = (_columns(x_BL, pieces) for x_BL in spans)
-            out = ring_attention(q, k, v, low, high, self.comm, scale=scale, softcap=softcap)
+            out = ring_attention(q, k, v, low, high, self.comm, scale=scale, softcap=softcap, backend=backend)
         return self._gather_heads(out)
 
     def _spread_heads(self, *qkv: Tensor) -> list[Tensor]:

@@ -95,7 +95,7 @@ class _RingAttention(torch.autograd.Function):
         ctx: Any,
         q: Tensor, k: Tensor, v: Tensor,
         low_BS: Tensor, high_BS: Tensor,
-        comm: Communicator, scale: float, softcap: float,
+        comm: Communicator, scale: float, softcap: float, route: str,
     ) -> Tensor:  # fmt: skip
         ranks, place = comm.mesh.size("ring"), comm.mesh.index("ring")
         # By step: the block of the rank `step` places before this one.
@@ -111,7 +111,7 @@ class _RingAttention(torch.autograd.Function):
                 (next_block,), arriving = comm.rotate([block], "ring")
             if step is not None:
                 rows, (keys, values) = step.queries, block[:, :, step.keys]
-                part = attention_forward(q[:, rows], keys, values, step.low_BS, step.high_BS, scale, softcap)
+                part = attention_forward(q[:, rows], keys, values, step.low_BS, step.high_BS, scale, softcap, route)
                 merge(out[:, rows], lse[:, :, rows], part, step.low_BS < step.high_BS)
             if not last:
                 arriving.wait()
@@ -120,7 +120,7 @@ class _RingAttention(torch.autograd.Function):
         # 0 instead of -inf for a query that sees nothing, as the kernel has it.
         lse.masked_fill_(lse == -math.inf, 0.0)
         ctx.save_for_backward(q, own, out, lse)
-        ctx.comm, ctx.steps, ctx.scale, ctx.softcap = comm, steps, scale, softcap
+        ctx.comm, ctx.steps, ctx.how = comm, steps, (scale, softcap, None, route)
         return out
 
     @staticmethod
@@ -139,7 +139,7 @@ class _RingAttention(torch.autograd.Function):
                 rows, (keys, values) = step.queries, block[:, :, step.keys]
                 done = out[:, rows], lse[:, :, rows].contiguous(), grad_out[:, rows]
                 spans = step.low_BS, step.high_BS
-                grads = attention_backward(q[:, rows], keys, values, *done, *spans, ctx.scale, ctx.softcap)
+                grads = attention_backward(q[:, rows], keys, values, *done, *spans, *ctx.how)
             if not first:
                 returning.wait()
             if step is not None:
@@ -152,7 +152,7 @@ class _RingAttention(torch.autograd.Function):
         (grad_block,), returning = ctx.comm.rotate([grad_block], "ring")
         returning.wait()
         grad_k, grad_v = grad_block.to(q.dtype)
-        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None, None, None
+        return grad_q.to(q.dtype), grad_k, grad_v, *([None] * 6)
 
 
 def ring_attention(
@@ -165,6 +165,7 @@ def ring_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention [B, S, H, D] of this rank's queries over the keys of all ranks of the axis ring.
 
@@ -173,5 +174,6 @@ def ring_attention(
     float32, in float64 for float64. Every rank sends its keys and values ranks-1 times, backward once more with their
     gradients in the accumulation dtype.
     """
-    result: Tensor = _RingAttention.apply(q_BSHD, k_BSKD, v_BSKD, low_BS, high_BS, comm, scale, softcap or 0.0)
+    route = "blocks" if backend == "reference" else backend  # the plain formulas for parts of a row
+    result: Tensor = _RingAttention.apply(q_BSHD, k_BSKD, v_BSKD, low_BS, high_BS, comm, scale, softcap or 0.0, route)
     return result

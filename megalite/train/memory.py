@@ -7,15 +7,18 @@ compares the activation part with what autograd really keeps.
 
 import resource
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from megalite_kernels.loss import CHUNK_LOGITS
+from megalite_kernels.loss import CHUNK_LOGITS, CHUNK_ROWS, GPU_CHUNK_LOGITS
 
 from megalite.config.schema import Config, ModelConfig
 from megalite.model.size import gated, head_dim, kv_heads, parameter_counts, rotary_dim
 
-PROCESS_BYTES = {"cpu": 0.385e9, "cuda": 0.0}
+TRITON_BYTES = 0.073e9 if find_spec("triton") else 0.0
+"""PyTorch loads Triton where it is installed."""
+PROCESS_BYTES = {"cpu": 0.385e9 + TRITON_BYTES, "cuda": 0.0}
 """Interpreter, libraries and allocator reserve of a CPU process (resident after imports); CUDA counts tensors alone."""
 
 SPANS = 8
@@ -86,7 +89,7 @@ def predict(
         gradients=share.parameters * main.itemsize / sums,
         optimizer=share.parameters * (copies * (weights == 1) + moments * main.itemsize) / states,
         activations=tokens * (kept + ends),
-        transient=_transient(config, -(-vocab // parallel.tp), tokens, compute, share.last),
+        transient=_transient(config, -(-vocab // parallel.tp), tokens, compute, share.last, device == "cuda"),
         process=PROCESS_BYTES.get(device, 0.0),
     )
 
@@ -127,11 +130,13 @@ def _mlp_kept(model: ModelConfig) -> int:
     return (3 if gated(model) else 2) * model.ffn
 
 
-def _transient(config: Config, vocab: int, tokens: int, compute: torch.dtype, last: bool) -> float:
+def _transient(config: Config, vocab: int, tokens: int, compute: torch.dtype, last: bool, on_gpu: bool) -> float:
     """The widest moment beyond what is kept: the loss with its gradients, or a layer computed again."""
     model, parallel = config.model, config.parallel
     gradients = (tokens + vocab) * model.hidden * 4  # of the last hidden states and of the head, float32
-    chunk = min(tokens, max(16, CHUNK_LOGITS // vocab)) * vocab * 4
+    logits, size = (GPU_CHUNK_LOGITS, compute.itemsize) if on_gpu else (CHUNK_LOGITS, 4)
+    chunk = min(tokens, max(CHUNK_ROWS, logits // vocab)) * vocab * size
+    chunk += vocab * model.hidden * compute.itemsize * on_gpu  # of the head's gradient, before it is added
     handed_on = (tokens + vocab) * model.hidden * compute.itemsize
     again = 0.0
     if config.recompute.mode == "full":

@@ -1,6 +1,9 @@
 """Comparing an op with its float64 reference, outputs and every gradient, against what plain rounding allows."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +46,12 @@ def assert_as_exact_as_reference(
         assert error <= 2 * allowed + floor, (
             f"result {number}: error {error:.2e}, plain PyTorch in {dtype} {allowed:.2e}"
         )
+
+
+def in_a_fork(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns or raises, run in a process that takes its memory with it when it ends."""
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -16,6 +16,11 @@ __all__ = [
 ]  # fmt: skip
 
 
+def _mask(shift_low: int, shift_high: int, low_BS: Tensor | None, high_BS: Tensor | None) -> Mask:
+    low, high = (None if x is None else x.contiguous() for x in (low_BS, high_BS))
+    return Mask(shift_low, shift_high, low, high)
+
+
 @torch.library.custom_op("megalite::triton_attention", mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor | None, low_BS: Tensor | None, high_BS: Tensor | None,
@@ -23,8 +28,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out [B, S, H, E], log-sum-exp [B, H, S]): query s sees the keys [low, high), int32, neither falling along a row;
     without those arrays [s + shift_low, s + shift_high) cut to the keys there are. softcap 0: none."""
-    mask = Mask(shift_low, shift_high, low_BS, high_BS)
-    return forward(q.contiguous(), k.contiguous(), v.contiguous(), sinks_H, mask, scale, softcap)
+    mask, sinks = _mask(shift_low, shift_high, low_BS, high_BS), None if sinks_H is None else sinks_H.contiguous()
+    return forward(q.contiguous(), k.contiguous(), v.contiguous(), sinks, mask, scale, softcap)
 
 
 @attention.register_fake
@@ -43,10 +48,10 @@ def attention_backward(
     scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and the sinks (empty without)."""
-    grad_lse = None if grad_lse_BHS is None else grad_lse_BHS.contiguous()
-    mask = Mask(shift_low, shift_high, low_BS, high_BS)
+    grad_lse, sinks = (None if x is None else x.contiguous() for x in (grad_lse_BHS, sinks_H))
+    mask = _mask(shift_low, shift_high, low_BS, high_BS)
     grad_q, grad_k, grad_v, grad_sinks = backward(
-        q.contiguous(), k.contiguous(), v.contiguous(), sinks_H, out, lse_BHS, grad_out.contiguous(), grad_lse, mask,
+        q.contiguous(), k.contiguous(), v.contiguous(), sinks, out, lse_BHS, grad_out.contiguous(), grad_lse, mask,
         scale, softcap,
     )  # fmt: skip
     return grad_q, grad_k, grad_v, q.new_empty(0) if grad_sinks is None else grad_sinks

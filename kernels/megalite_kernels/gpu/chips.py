@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megalite_kernels.gpu.launch import elsewhere
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -46,11 +48,16 @@ PORTABLE = CHIPS["sm_80"]
 """The chip whose configurations run in the interpreter, and on a GPU that is not in the table."""
 
 
-@functools.cache
 def chip_of(device: torch.device) -> Chip:
-    """The nearest chip at or below the GPU at `device`; PORTABLE for a CPU, where kernels are interpreted."""
-    if device.type != "cuda":
+    """The nearest chip at or below the GPU at `device`; PORTABLE for a CPU, where kernels are interpreted, unless its
+    launches go elsewhere."""
+    if device.type != "cuda" and not elsewhere.get():
         return PORTABLE
+    return _gpu(device if device.type == "cuda" else torch.device(elsewhere.get()))
+
+
+@functools.cache
+def _gpu(device: torch.device) -> Chip:
     if torch.version.hip:
         return CHIPS["gfx942"]
     major = torch.cuda.get_device_capability(device)[0]

@@ -3,16 +3,13 @@
 Only the arguments differ between their versions: see `attention_choice` for what each can do.
 """
 
-import importlib
 from typing import Any
 
 from torch import Tensor
 
-MODULES = {
-    "flash2": "flash_attn",
-    "flash3": "flash_attn_3.flash_attn_interface",
-    "flash4": "flash_attn.cute",
-}
+from megalite_kernels.dispatch import import_module
+
+PACKAGES = {"flash2": "flash-attn", "flash3": "flash-attn-3", "flash4": "flash-attn-4"}
 
 
 def flash(
@@ -20,7 +17,7 @@ def flash(
     sinks: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, longest: tuple[int, int], deterministic: bool,
 ) -> Tensor:  # fmt: skip
     """Attention out [B, S, H, E] by "flash2", "flash3" or "flash4"; packed where cu_q is given, and then B is 1."""
-    module = importlib.import_module(MODULES[which])
+    module = import_module(PACKAGES[which])
     endless = None if which == "flash4" else -1
     options: dict[str, Any] = {
         "softmax_scale": scale,

@@ -6,6 +6,7 @@ a chip that is not here.
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -43,7 +44,7 @@ def launch(
     if not all(grid):
         return
     recorder = _recorder.get()
-    bound = inspect.signature(kernel.fn).bind(*arguments, **named).arguments
+    bound = _signature(kernel.fn).bind(*arguments, **named).arguments
     gpu = next((x.device for x in bound.values() if isinstance(x, Tensor) and x.device.type == "cuda"), None)
     if recorder is not None:
         recorder.append(Launch(kernel, grid, bound, num_warps, num_stages))
@@ -60,6 +61,11 @@ def launch(
         interpret(kernel, grid, bound, reaches)
 
 
+@functools.cache
+def _signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
+
+
 class _Copies:
     """Copies of tensors on another device, one of each storage, so that views stay views of one memory."""
 
@@ -68,6 +74,8 @@ class _Copies:
         self.made: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def of(self, x: Any) -> Any:
+        if hasattr(x, "block_shape"):  # a descriptor of a tensor's tiles
+            return type(x)(self.of(x.base), x.shape, x.strides, x.block_shape)
         if not isinstance(x, Tensor):
             return x
         here = x.untyped_storage()

@@ -152,7 +152,8 @@ def norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`forward`, differentiable: RMSNorm, or LayerNorm when `centered`; w = 1 + weight when `one_plus`."""
     residual = None if residual_ND is None else residual_ND.contiguous()
-    return forward(x_ND.contiguous(), residual, weight_D.contiguous(), bias_D, eps, centered, one_plus)
+    bias = None if bias_D is None else bias_D.contiguous()
+    return forward(x_ND.contiguous(), residual, weight_D.contiguous(), bias, eps, centered, one_plus)
 
 
 @norm.register_fake

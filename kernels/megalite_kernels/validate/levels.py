@@ -163,7 +163,7 @@ def reaches(far: Far) -> Sanitizer:
 
 
 def repeats(case: Case, device: str) -> bool:
-    """Two runs give the same bits."""
+    """Two runs give the same bits, in every dtype."""
     run = partial(
         outputs_and_gradients, partial(case.call, backend="triton"), list(case.inputs()), torch.float32, device
     )
