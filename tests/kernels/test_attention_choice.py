@@ -48,6 +48,11 @@ def decide(chip: str, packages: tuple[tuple[str, str], ...] = ALL, wanted: str =
         ("sm_90", {"dtype": torch.float64, "window": True}, "blocks"),
         ("sm_90", {"dims": (512, 512), "aligned": False}, "blocks"),
         ("", {"dtype": torch.float64}, "blocks"),
+        ("gfx942", {"softcap": True}, "triton"),  # flash-attn's kernels for AMD take a softcap and ignore it
+        ("sm_100", {"softcap": True}, "flash4"),
+        ("sm_100", {"softcap": True, "packed": True}, "triton"),
+        ("sm_90", {"dtype": torch.float64, "deterministic": True}, "blocks"),
+        ("sm_90", {"deterministic": True}, "flash3"),
     ],
 )
 def test_choice_by_chip_and_feature(chip: str, asked: dict[str, Any], backend: str) -> None:
@@ -58,6 +63,42 @@ def test_without_packages_pytorch_where_its_meaning_agrees() -> None:
     assert decide("sm_90", ()).backend == "sdpa"
     assert decide("sm_90", (), aligned=False).backend == "blocks"
     assert decide("sm_90", (TRITON,)).backend == "triton"
+
+
+@pytest.mark.parametrize(("found", "backend"), [("4.0.0b1", "triton"), ("4.0.0b36", "flash4"), ("4.0.0", "flash4")])
+def test_flash_4_older_than_what_was_probed(found: str, backend: str) -> None:
+    """Its sinks got no gradient, silently."""
+    assert decide("sm_100", (TRITON, ("flash-attn-4", found)), sinks=True).backend == backend
+
+
+def test_a_package_that_does_not_import_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch.MODULES, "flash-attn-3", ("no_such_module", "nor_this_one"))
+    dispatch.import_module.cache_clear()
+    dispatch.import_failure.cache_clear()
+    request = Request("attention", "cuda", "sm_90", torch.bfloat16, (("dims", (128, 128)), ("aligned", True)))
+    machine = Machine((TRITON, ("flash-attn-3", "3.0.0")), None, real=True)
+    decision = dispatch.decide(dispatch.backends_of("attention"), request, machine)
+    assert decision.backend == "triton"
+    assert "flash-attn-3 does not import: no_such_module: No module named 'no_such_module'; nor_this" in str(decision)
+
+
+def test_what_torch_is_asked_for_reaches_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """train.deterministic asks torch; flash-attn has to hear of it."""
+    seen = []
+
+    def choose(op: str, wanted: str, device: str, dtype: torch.dtype, features: tuple[tuple[str, Any], ...]) -> str:
+        seen.append(dict(features)["deterministic"])
+        return "blocks"
+
+    monkeypatch.setattr(sys.modules["megalite_kernels.attention"], "choose", choose)
+    q = torch.zeros(1, 2, 1, 4)
+    attention(q, q, q, scale=1.0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        attention(q, q, q, scale=1.0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [False, True]
 
 
 def test_every_rejection_has_its_reason() -> None:
@@ -92,11 +133,12 @@ class Recorder(types.ModuleType):
 @pytest.fixture(params=["flash2", "flash3", "flash4"])
 def package(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Recorder]:
     flash = pytest.importorskip("megalite_kernels.gpu.flash")
-    module = Recorder(flash.MODULES[request.param])
-    parts = flash.MODULES[request.param].split(".")
+    dispatch.import_module.cache_clear()
+    name = dispatch.MODULES[flash.PACKAGES[request.param]][0]
+    module, parts = Recorder(name), name.split(".")
     for end in range(1, len(parts)):
         monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(parts[end - 1]))
-    monkeypatch.setitem(sys.modules, flash.MODULES[request.param], module)
+    monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(sys.modules["megalite_kernels.attention"], "choose", lambda *_: request.param)
     return request.param, module
 

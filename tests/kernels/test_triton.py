@@ -32,6 +32,17 @@ def test_offsets_past_two_billion(far: Far) -> None:
     assert in_a_fork(reaches, far).stored
 
 
+def test_norms_refuse_what_does_not_belong_together() -> None:
+    from megalite_kernels import layer_norm
+
+    x = torch.ones(2, 32)
+    with pytest.raises(ValueError, match=r"bias \[D\]"):
+        layer_norm(x, x[0], torch.ones(8), 1e-6, backend="triton")
+    strided = torch.arange(64.0)[::2]
+    expected = layer_norm(x, x[0], strided.clone(), 1e-6, backend="triton")
+    assert torch.equal(layer_norm(x, x[0], strided, 1e-6, backend="triton"), expected)
+
+
 def test_a_backend_says_why_not() -> None:
     from megalite_kernels import rms_norm
 
