@@ -89,6 +89,7 @@ def outcome(run_dir: Path) -> tuple[list[dict[str, object]], dict[str, torch.Ten
     return rows, tensors
 
 
+@pytest.mark.timeout(900)  # every kill is a start of the program
 @pytest.mark.parametrize("world", [1, 2])
 def test_twenty_kills_change_no_bit(tmp_path: Path, world: int) -> None:
     Job(tmp_path / "unbroken", world).finish()

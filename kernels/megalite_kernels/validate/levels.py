@@ -135,12 +135,14 @@ def safety(case: Case) -> Safety:
 @contextlib.contextmanager
 def _filled_memory() -> Iterator[None]:
     """Inside, torch fills what torch.empty returns."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def _shuffled(programs: Programs) -> Programs:
