@@ -3,6 +3,7 @@
 And the reference against PyTorch's and transformers' own attention.
 """
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_reference_equals_pytorch_with_an_explicit_mask() -> None:
 
 
 def test_reference_equals_gpt_oss() -> None:
-    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    gpt_oss = importlib.import_module("transformers.models.gpt_oss.modeling_gpt_oss")
     q, k, v = qkv(9, 9, 4, 2, 8, 8)
     layer = SimpleNamespace(sinks=SINKS, num_key_value_groups=2, training=False)
     hidden = torch.zeros(9, 9, dtype=torch.float64).masked_fill(~reference.visible(9, 9, causal=True, window=4), -1e300)
