@@ -1,9 +1,10 @@
 """Fixtures that every kind of test may use."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from megalite.cli import main
@@ -19,6 +20,21 @@ class Answer(NamedTuple):
     code: int
     out: str
     err: str
+
+
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def torch_as_started() -> Iterator[None]:
+    """What a test or a training sets for its process is gone before the next test of this worker."""
+    yield
+    filling: Any = torch.utils.deterministic
+    torch.use_deterministic_algorithms(False)
+    filling.fill_uninitialized_memory = True
+    torch.set_default_dtype(torch.float32)
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

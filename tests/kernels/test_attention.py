@@ -110,16 +110,12 @@ def test_any_shape(data: st.DataObject) -> None:
 
 def test_reruns_and_threads_give_the_same_bits() -> None:
     inputs = [x.float() for x in qkv(2, 130, 130, 6, 2, 64)]
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        first = outputs_and_gradients(lambda *x: attention(*x, scale=0.125), inputs, torch.float32)
-        torch.set_num_threads(2)
-        for _ in range(2):
-            again = outputs_and_gradients(lambda *x: attention(*x, scale=0.125), inputs, torch.float32)
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    first = outputs_and_gradients(lambda *x: attention(*x, scale=0.125), inputs, torch.float32)
+    torch.set_num_threads(2)
+    for _ in range(2):
+        again = outputs_and_gradients(lambda *x: attention(*x, scale=0.125), inputs, torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_wrong_inputs_are_refused() -> None:

@@ -1,7 +1,6 @@
 """Every supported family against transformers in float64: logits, all gradients, folders both ways, greedy tokens."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +89,8 @@ class Double(TorchFunctionMode):
 
 
 @pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
+def double() -> None:
     torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def build(kind: str, values: dict[str, Any]) -> Any:
