@@ -73,8 +73,47 @@ class RopeConfig:
     high_freq_factor: float = key(4.0, "llama3: wavelengths below original_length/high_freq_factor are kept.")
     beta_fast: float = key(32.0, "yarn: rotations above which a frequency is kept.")
     beta_slow: float = key(1.0, "yarn: rotations below which a frequency is fully scaled.")
+    truncate: bool = key(True, "yarn: round the two limits to whole frequencies (gpt-oss: false).")
     attention_factor: float | None = key(None, "yarn: multiplies cos and sin; null: 0.1*ln(factor)+1.")
     local_theta: float | None = key(None, "Base used in sliding-window layers (Gemma 3), without scaling; null: theta.")
+
+
+@dataclass
+class MLAConfig:
+    kv_rank: int = key(0, "Multi-head latent attention: width that keys and values are compressed to; 0: plain attention.", minimum=0)
+    q_rank: int | None = key(None, "Width that queries are compressed to; null: not compressed.", minimum=1)
+    rope_dim: int = key(64, "Dimensions of a head that are rotated, beside its head_dim others; all heads share the key's.", minimum=2)
+    value_dim: int | None = key(None, "Size of a value head; null: head_dim.", minimum=1)
+
+
+@dataclass
+class MoEConfig:
+    experts: int = key(0, "Experts of a layer; 0: every MLP is dense.", minimum=0)
+    top_k: int = key(2, "Experts that compute a token.", minimum=1)
+    ffn: int | None = key(None, "Inner width of an expert; null: model.ffn.", minimum=1)
+    shared_ffn: int = key(0, "Inner width of the shared expert, which computes every token; 0: none.", minimum=0)
+    shared_gate: bool = key(False, "A learned gate on the shared expert.")
+    dense_layers: int = key(0, "First layers that keep a dense MLP.", minimum=0)
+    router: str = key(
+        "softmax",
+        "How tokens and experts are matched: a token's best by softmax or sigmoid of its scores; by Sinkhorn-balanced scores; or each expert takes its best tokens, which looks at later ones.",
+        choices=("softmax", "sigmoid", "sinkhorn", "expert_choice"),
+    )
+    normalize: bool = key(True, "Divide a token's chosen scores by their sum.")
+    scale: float = key(1.0, "Multiplies the chosen scores.", minimum=0)
+    groups: int = key(1, "Groups of experts (such as those of a node) of which a token chooses some first.", minimum=1)
+    top_groups: int = key(1, "Groups that a token chooses.", minimum=1)
+    router_bias: bool = key(False, "A learned bias on the router's scores (gpt-oss).")
+    router_dtype: str = key("fp32", "Precision of the router.", choices=("fp32", "fp64"))
+    bias_rate: float | None = key(None, "Balance without a loss (DeepSeek-V3): after each step a bias that counts for the choice alone moves so far towards less loaded experts; null: no bias.", minimum=0)
+    aux_loss: float = key(0.0, "Weight of the load-balancing loss.", minimum=0)
+    aux_scope: str = key("microbatch", "Load that aux_loss evens out: of a microbatch, of each sequence, or of the last step's global batch.", choices=("microbatch", "sequence", "global"))
+    z_loss: float = key(0.0, "Weight of the squared log-partition of the router's scores.", minimum=0)
+    jitter: float = key(0.0, "Noise on the router's input in training: a factor in 1-jitter..1+jitter.", minimum=0)
+    capacity: float | None = key(None, "An expert takes at most this many times its even share of a microbatch, other tokens pass by; null: all.", minimum=0)
+    drop: str = key("probability", "Which tokens an over-full expert keeps: the most probable or the first.", choices=("probability", "position"))
+    pad: bool = key(False, "With capacity: experts are filled up to it, so that no size depends on the data.")
+    force_balance: bool = key(False, "Every expert gets the same number of tokens, whatever the scores (benchmarks).")
 
 
 @dataclass
@@ -83,7 +122,7 @@ class ModelConfig:
     family: str = key(
         "llama",
         "Hugging Face architecture used by checkpoint export.",
-        choices=("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "none"),
+        choices=("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "none"),
     )
     layers: int = key(8, "Transformer blocks.", minimum=1)
     hidden: int = key(384, "Width of the residual stream.", minimum=1)
@@ -103,7 +142,7 @@ class ModelConfig:
     qkv_bias: bool = key(False, "Bias on the query, key and value projections.")
     output_bias: bool = key(False, "Bias on the attention output projection.")
     mlp_bias: bool = key(False, "Bias on the MLP projections.")
-    activation: str = key("swiglu", "MLP nonlinearity.", choices=("swiglu", "geglu", "gelu", "gelu_tanh", "relu2"))
+    activation: str = key("swiglu", "MLP nonlinearity.", choices=("swiglu", "geglu", "swiglu_clamped", "gelu", "gelu_tanh", "relu2"))
     tied_embeddings: bool = key(False, "The head reuses the embedding matrix.")
     embedding_scale: float = key(1.0, "Multiplies the embedding's output (Gemma: sqrt(hidden)).")
     attention_scale: float | None = key(None, "Multiplies q·k; null: head_dim**-0.5.")
@@ -111,6 +150,11 @@ class ModelConfig:
     logit_softcap: float | None = key(None, "Logits become cap*tanh(logit/cap); null: off.", minimum=0)
     window: int | None = key(None, "Sliding window: a token sees this many latest tokens, itself included; null: all.", minimum=1)
     window_pattern: int = key(1, "Of every n layers the last one sees everything; 1: every layer uses the window.", minimum=1)
+    attention_sinks: bool = key(False, "A learned score a head that softmax counts beside the keys' (gpt-oss).")
+    mla: MLAConfig = field(default_factory=MLAConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    mtp: int = key(0, "Multi-token prediction: modules behind the last layer, each predicting one token further.", minimum=0)
+    mtp_weight: float = key(0.3, "Weight of the mean loss of the multi-token modules.", minimum=0)
     init_std: float = key(0.02, "Standard deviation of initial weights.", minimum=0)
     init_output_scale: bool = key(True, "Divide the std of residual output projections by sqrt(2*layers), as GPT-2.")
 
@@ -155,6 +199,12 @@ class ParallelConfig:
     order: str = key("pp,dp,cp,tp", "The axes over the ranks, outermost first: ranks of the last one are neighbours.")
     ep: int = key(1, "Expert-parallel ranks.", minimum=1)
     etp: int = key(1, "Tensor-parallel ranks inside an expert.", minimum=1)
+    dispatcher: str = key(
+        "all_to_all",
+        "How tokens reach experts of other ranks: a copy to each rank that has one of them; all tokens to all; or a copy to each node, which hands it on.",
+        choices=("all_to_all", "all_gather", "node"),
+    )
+    node_ranks: int = key(0, "dispatcher=node: ranks of ep x etp that are on one node; 0: as many as processes on this host.", minimum=0)
     engine: str = key("megalite", "Who spreads data parallelism and zero.", choices=("megalite", "deepspeed"))
     zero: int = key(0, "What data parallelism shards: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights.", choices=(0, 1, 2, 3))
     shard_ranks: int = key(0, "zero 3: ranks of dp x cp that share one copy, such as those of a node (HSDP); 0: all.", minimum=0)

@@ -78,7 +78,7 @@ def test_files_and_groups_of_the_users_own(tmp_path: Path) -> None:
     origin = {line.split(":")[0].strip(): line.split("#")[1].strip() for line in text.splitlines() if "#" in line}
     assert origin["steps"] == str(tmp_path / "mine.yaml")
     assert origin["seed"] == str(tmp_path / "experiment" / "ours.yaml")
-    assert origin["ffn"] == "configs/model/tiny.yaml"
+    assert origin["heads"] == "configs/model/tiny.yaml"
 
 
 @pytest.mark.parametrize(
