@@ -1,6 +1,7 @@
 """Attention: what is asked for, checked, and handed to the implementation that fits; see attention_choice.
 
-Other modules take the ops on intervals of keys from here: `attention_forward`, `attention_backward`, `visible_spans`.
+Other modules take the ops on intervals of keys from here: `attention_forward`, `attention_backward`, `visible_spans`,
+`add_sinks`.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ from megalite_kernels.attention_blocks import (
 )
 from megalite_kernels.dispatch import choose
 
-__all__ = ["attention", "attention_backward", "attention_forward", "visible_spans"]
+__all__ = ["add_sinks", "attention", "attention_backward", "attention_forward", "visible_spans"]
 
 
 def attention(

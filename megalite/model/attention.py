@@ -1,4 +1,4 @@
-"""Grouped-query self-attention: projections, head norms, rotation, and the attention kernel."""
+"""Grouped-query self-attention: projections, head norms, rotation, and the attention kernel that all forms share."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,9 @@ from megalite.model.cache import KVCache
 from megalite.model.linear import Linear
 from megalite.model.norm import RMSNorm
 from megalite.model.rope import Rotation
-from megalite.model.size import head_dim, kv_heads, layer_windows
+from megalite.model.size import head_dim, kv_heads, layer_windows, query_dim
 from megalite.parallel.context import ContextParallel
+from megalite.parallel.parameter import declare
 from megalite.parallel.tensor import ALONE, TensorParallel
 
 
@@ -27,20 +28,43 @@ class Context(NamedTuple):
     cache: KVCache | None
 
 
-class Attention(nn.Module):
-    """Causal self-attention of one layer.
+class Core(nn.Module):
+    """What is between queries, keys, values and the heads' output, in every form of attention of one layer.
 
+    `sinks`: a learned score a query head that softmax counts beside the keys' (arXiv:2508.10925).
     Dimensions: B batch, S new tokens, T all tokens, E hidden, H query heads, K key and value heads, D head_dim.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, output_std: float) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.head_dim = head_dim(config)
         self.window = layer_windows(config)[layer]
         self.softcap = config.attention_softcap
-        self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.scale = query_dim(config) ** -0.5 if config.attention_scale is None else config.attention_scale
+        sinks = config.attention_sinks
+        self.sinks = declare(config.heads, role="bias", std=config.init_std, shard={"tp": 0}) if sinks else None
         self.recompute = False  # the core: attention probabilities are computed again in backward
+        self.tp: TensorParallel = ALONE
+        self.cp: ContextParallel | None = None
+        self.backend = "auto"
+
+    def attend(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents_BS: Tensor | None) -> Tensor:
+        return recompute.run(self.recompute, self._core, q_BSHD, k_BTKD, v_BTKD, documents_BS)
+
+    def _core(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents_BS: Tensor | None) -> Tensor:
+        attend = attention if self.cp is None else self.cp.attention
+        return attend(
+            q_BSHD, k_BTKD, v_BTKD, scale=self.scale, window=self.window, softcap=self.softcap, documents=documents_BS,
+            sinks=self.sinks, backend=self.backend,
+        )  # fmt: skip
+
+
+class Attention(Core):
+    """Causal self-attention of one layer."""
+
+    def __init__(self, config: ModelConfig, layer: int, output_std: float) -> None:
+        super().__init__(config, layer)
+        self.head_dim = head_dim(config)
         hidden, std, bias = config.hidden, config.init_std, config.qkv_bias
         query_rows, kv_rows = config.heads * self.head_dim, kv_heads(config) * self.head_dim
         self.query = Linear(hidden, query_rows, split="outputs", std=std, bias=bias)
@@ -51,9 +75,6 @@ class Attention(nn.Module):
             self.query_norm = RMSNorm(self.head_dim, config.norm_eps, config.norm_zero_centered, sees="heads")
             self.key_norm = RMSNorm(self.head_dim, config.norm_eps, config.norm_zero_centered, sees="heads")
         self.qk_norm, self.heads, self.kv_heads = config.qk_norm, config.heads, kv_heads(config)
-        self.tp: TensorParallel = ALONE
-        self.cp: ContextParallel | None = None
-        self.backend = "auto"
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         rows = self.tp.columns(x, (self.query, self.key, self.value))
@@ -68,12 +89,4 @@ class Attention(nn.Module):
             q_BSHD, k_BSKD = (apply_rope(x, *rotation, backend=self.backend) for x in (q_BSHD, k_BSKD))
         if context.cache is not None:
             k_BSKD, v_BSKD = context.cache.extend(self.layer, k_BSKD, v_BSKD)
-        out_BSHD = recompute.run(self.recompute, self.core, q_BSHD, k_BSKD, v_BSKD, context.documents_BS)
-        return self.output(out_BSHD.flatten(-2))
-
-    def core(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, documents_BS: Tensor | None) -> Tensor:
-        attend = attention if self.cp is None else self.cp.attention
-        return attend(
-            q_BSHD, k_BTKD, v_BTKD, scale=self.scale, window=self.window, softcap=self.softcap, documents=documents_BS,
-            backend=self.backend,
-        )  # fmt: skip
+        return self.output(self.attend(q_BSHD, k_BSKD, v_BSKD, context.documents_BS).flatten(-2))

@@ -44,8 +44,10 @@ def _yarn(frequency: Tensor, rope: RopeConfig, rotated: int) -> Tensor:
     def dimension(rotations: float) -> float:
         return rotated * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low = max(math.floor(dimension(rope.beta_fast)), 0)
-    high = min(math.ceil(dimension(rope.beta_slow)), rotated - 1)
+    first, last = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    low, high = max(first, 0), min(last, rotated - 1)
     index = torch.arange(rotated // 2, dtype=torch.float64, device="cpu")
     scaled = ((index - low) / max(high - low, 0.001)).clamp(0, 1)
     return frequency * (1 - scaled) + frequency / rope.factor * scaled

@@ -25,6 +25,11 @@ def head_dim(config: ModelConfig) -> int:
     return config.hidden // config.heads
 
 
+def query_dim(config: ModelConfig) -> int:
+    """Size of a head of queries and of keys."""
+    return head_dim(config)
+
+
 def rotary_dim(config: ModelConfig) -> int:
     """Dimensions of a head that RoPE rotates (even)."""
     rotated = int(head_dim(config) * config.rope.fraction)
@@ -76,6 +81,7 @@ def parameter_counts(config: ModelConfig, vocab: int, max_positions: int = 0) ->
         config.qkv_bias * (query_rows + 2 * kv_rows)
         + config.output_bias * hidden
         + config.mlp_bias * (ups * ffn + hidden)
+        + config.attention_sinks * config.heads
     )
     block_norms = norms_a_block * norm_size * hidden + config.qk_norm * 2 * dim
     return ParameterCounts(

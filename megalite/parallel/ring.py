@@ -96,21 +96,21 @@ class _RingAttention(torch.autograd.Function):
         q: Tensor, k: Tensor, v: Tensor,
         low_BS: Tensor, high_BS: Tensor,
         comm: Communicator, scale: float, softcap: float, route: str,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ranks, place = comm.mesh.size("ring"), comm.mesh.index("ring")
         # By step: the block of the rank `step` places before this one.
         blocks = [zigzag(ranks * k.shape[1], ranks, (place - step) % ranks) for step in range(ranks)]
         steps = _plan(low_BS, high_BS, blocks)
         wide = accumulation_dtype(q.dtype)
-        out = torch.zeros(q.shape, dtype=wide, device=q.device)
+        out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=wide, device=q.device)
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -math.inf, dtype=wide, device=q.device)
-        own = block = torch.stack((k, v))
+        own = block = torch.cat((k.flatten(), v.flatten()))  # in one piece: one message a step
         for number, step in enumerate(steps):
             last = number + 1 == ranks
             if not last:
                 (next_block,), arriving = comm.rotate([block], "ring")
             if step is not None:
-                rows, (keys, values) = step.queries, block[:, :, step.keys]
+                rows, (keys, values) = step.queries, _of_keys(block, (k.shape, v.shape), step.keys)
                 part = attention_forward(q[:, rows], keys, values, step.low_BS, step.high_BS, scale, softcap, route)
                 merge(out[:, rows], lse[:, :, rows], part, step.low_BS < step.high_BS)
             if not last:
@@ -120,11 +120,13 @@ class _RingAttention(torch.autograd.Function):
         # 0 instead of -inf for a query that sees nothing, as the kernel has it.
         lse.masked_fill_(lse == -math.inf, 0.0)
         ctx.save_for_backward(q, own, out, lse)
-        ctx.comm, ctx.steps, ctx.how = comm, steps, (scale, softcap, None, route)
-        return out
+        ctx.comm, ctx.steps, ctx.shapes = comm, steps, (k.shape, v.shape)
+        ctx.scale, ctx.softcap, ctx.route = scale, softcap, route
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         """A block's gradients follow it around, one step behind, and need one turn more to be home."""
         q, block, out, lse = ctx.saved_tensors
         grad_q = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
@@ -136,23 +138,30 @@ class _RingAttention(torch.autograd.Function):
             if not first:
                 (grad_block,), returning = ctx.comm.rotate([grad_block], "ring")
             if step is not None:
-                rows, (keys, values) = step.queries, block[:, :, step.keys]
+                rows, (keys, values) = step.queries, _of_keys(block, ctx.shapes, step.keys)
                 done = out[:, rows], lse[:, :, rows].contiguous(), grad_out[:, rows]
-                spans = step.low_BS, step.high_BS
-                grads = attention_backward(q[:, rows], keys, values, *done, *spans, *ctx.how)
+                how = ctx.scale, ctx.softcap, None if grad_lse is None else grad_lse[:, :, rows], ctx.route
+                grads = attention_backward(q[:, rows], keys, values, *done, step.low_BS, step.high_BS, *how)
             if not first:
                 returning.wait()
             if step is not None:
                 grad_q[:, rows] += grads[0]
-                grad_block[0, :, step.keys] += grads[1]
-                grad_block[1, :, step.keys] += grads[2]
+                for total, grad in zip(_of_keys(grad_block, ctx.shapes, step.keys), grads[1:], strict=True):
+                    total += grad
             if not last:
                 arriving.wait()
                 block = next_block
         (grad_block,), returning = ctx.comm.rotate([grad_block], "ring")
         returning.wait()
-        grad_k, grad_v = grad_block.to(q.dtype)
+        grad_k, grad_v = _of_keys(grad_block.to(q.dtype), ctx.shapes, slice(None))
         return grad_q.to(q.dtype), grad_k, grad_v, *([None] * 6)
+
+
+def _of_keys(block: Tensor, shapes: tuple[torch.Size, torch.Size], keys: slice) -> tuple[Tensor, Tensor]:
+    """Views of a run of the keys and of the values that lie one after the other in a flat block."""
+    of_k, of_v = shapes
+    count = of_k.numel()
+    return block[:count].view(of_k)[:, keys], block[count:].view(of_v)[:, keys]
 
 
 def ring_attention(
@@ -166,14 +175,15 @@ def ring_attention(
     scale: float,
     softcap: float | None = None,
     backend: str = "auto",
-) -> Tensor:
-    """Attention [B, S, H, D] of this rank's queries over the keys of all ranks of the axis ring.
+) -> tuple[Tensor, Tensor]:
+    """Attention [B, S, H, E] of this rank's queries over the keys of all ranks of the axis ring, and its log-sum-exp
+    [B, H, S], through which gradients flow too.
 
-    Tensors hold this rank's zigzag positions of the row. `low_BS`, `high_BS`: int32, the interval of the whole row that
-    each of its queries sees, neither falling along it; a query that sees nothing gives 0. Partial results merge in
-    float32, in float64 for float64. Every rank sends its keys and values ranks-1 times, backward once more with their
-    gradients in the accumulation dtype.
+    Tensors hold this rank's zigzag positions of the row; values may have heads of another size E. `low_BS`, `high_BS`:
+    int32, the interval of the whole row that each of its queries sees, neither falling along it; a query that sees
+    nothing gives 0 and 0. Partial results merge in float32, in float64 for float64. Every rank sends its keys and
+    values ranks-1 times, backward once more with their gradients in the accumulation dtype.
     """
     route = "blocks" if backend == "reference" else backend  # the plain formulas for parts of a row
-    result: Tensor = _RingAttention.apply(q_BSHD, k_BSKD, v_BSKD, low_BS, high_BS, comm, scale, softcap or 0.0, route)
-    return result
+    out, lse = _RingAttention.apply(q_BSHD, k_BSKD, v_BSKD, low_BS, high_BS, comm, scale, softcap or 0.0, route)
+    return out, lse

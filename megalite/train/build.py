@@ -113,6 +113,7 @@ def backends(config: Config, device: torch.device, dtype: torch.dtype) -> list[s
         "dims": (head_dim(model), head_dim(model)),
         "softcap": model.attention_softcap is not None,
         "window": model.window is not None,
+        "sinks": model.attention_sinks,
         "documents": config.data.packing == "documents",
     }
     try:

@@ -116,6 +116,8 @@ def kept_per_token(model: ModelConfig, size: int, recompute: str, tp: int = 1, s
         other += 4 * (heads + key_heads)
     inner: float = _mlp_kept(model) / tp
     attention_statistics: float = 4 * heads
+    if model.attention_sinks:  # what the sinks take their share of
+        attention_statistics += 4 * heads + queries * size
     if recompute in ("activation", "selective"):
         inner -= model.ffn / tp
     if recompute == "selective":

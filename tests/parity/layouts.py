@@ -74,6 +74,10 @@ MODELS = {
         activation="geglu", embedding_scale=4.0, attention_softcap=5.0, logit_softcap=3.0, window=5, window_pattern=2,
         tied_embeddings=True,
     ),
+    "sinks": ModelConfig(
+        layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, qkv_bias=True, output_bias=True, attention_sinks=True,
+        window=5, window_pattern=2,
+    ),
 }  # fmt: skip
 
 OPTIMIZERS = {

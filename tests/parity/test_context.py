@@ -46,10 +46,10 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def inputs(heads: int, key_heads: int, length: int = LENGTH, batch: int = BATCH) -> list[Tensor]:
+def inputs(heads: int, key_heads: int, length: int = LENGTH, batch: int = BATCH, value_dim: int = DIM) -> list[Tensor]:
     """Whole q, k, v and the gradient of the output."""
-    counts = (heads, key_heads, key_heads, heads)
-    return [random(batch, length, count, DIM, seed=seed) for seed, count in enumerate(counts)]
+    shapes = ((heads, DIM), (key_heads, DIM), (key_heads, value_dim), (heads, value_dim))
+    return [random(batch, length, *shape, seed=seed) for seed, shape in enumerate(shapes)]
 
 
 def with_gradients(op: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
@@ -114,6 +114,7 @@ def test_same_as_one_process(layout: str) -> None:
     ring, ulysses = LAYOUTS[layout]
     cases = [(inputs(8, 2), mask) for mask in MASKS.values()]
     cases += [(inputs(*heads), MASKS["everything"]) for heads in HEADS]
+    cases += [(inputs(8, 2, value_dim=size), MASKS["everything"]) for size in (4, 7)]
     by_rank = run_ranks(ring * ulysses, on_gloo, ring, ulysses, cases)
     for number, (tensors, mask) in enumerate(cases):
         assert_same(joined([results[number] for results, _ in by_rank]), expected(tensors, **mask))
@@ -124,6 +125,30 @@ def test_beside_tensor_parallel_ranks() -> None:
     by_rank = [results[0] for results, _ in run_ranks(8, on_gloo, 2, 2, [(tensors, mask)])]
     parts = [joined(by_rank[tp::2]) for tp in range(2)]
     assert_same([torch.cat(x, dim=2) for x in zip(*parts, strict=True)], expected(tensors, **mask))
+
+
+def with_sinks(ring: int, ulysses: int, tensors: list[Tensor], sinks: Tensor, mask: dict[str, Any]) -> list[Tensor]:
+    """Positions, output and gradients of q, k, v on this rank, and its term of the sinks' gradient."""
+    world = world_from_environment()
+    join(world)
+    comm, leaf = Communicator(meshed(ring, ulysses, world.rank)), sinks.clone().requires_grad_()
+    parallel = ContextParallel(comm)
+    *qkv, grad = [parallel.take(x) for x in tensors]
+    (term,) = torch.autograd.grad(parallel.attention(*qkv, scale=SCALE, sinks=leaf, **mask), leaf, grad)
+    return [*one_rank(comm, tensors, sinks=sinks, **mask), term]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sink_counts_once(layout: str) -> None:
+    """Though every rank of a ring has it beside keys of its own; its gradient's terms add up to the whole one."""
+    ring, ulysses = LAYOUTS[layout]
+    for mask in (MASKS["causal"], MASKS["everything"]):
+        tensors, sinks = inputs(8, 2, value_dim=4), random(8, seed=9) * 2
+        by_rank = run_ranks(ring * ulysses, with_sinks, ring, ulysses, tensors, sinks, mask)
+        assert_same(joined([result[:5] for result in by_rank]), expected(tensors, sinks=sinks, **mask))
+        leaf, (*qkv, grad) = sinks.clone().requires_grad_(), tensors
+        (wanted,) = torch.autograd.grad(reference.attention(*qkv, scale=SCALE, sinks=leaf, **mask), leaf, grad)
+        assert torch.allclose(sum(result[5] for result in by_rank), wanted, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
@@ -166,7 +191,7 @@ def spans_on_ranks(comm: Any, tensors: list[Tensor], low: Tensor, high: Tensor) 
     parallel = ContextParallel(comm)
     low, high = parallel.take(low), parallel.take(high)
     results = with_gradients(
-        lambda *qkv: ring_attention(*qkv, low, high, comm, scale=SCALE), [parallel.take(x) for x in tensors]
+        lambda *qkv: ring_attention(*qkv, low, high, comm, scale=SCALE)[0], [parallel.take(x) for x in tensors]
     )
     return [parallel.positions(tensors[0].shape[1]), *results]
 

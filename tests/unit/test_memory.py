@@ -57,6 +57,8 @@ def kept_bytes(*overrides: str, dtype: torch.dtype) -> tuple[float, float]:
         ("model.qk_norm=true", "model.norm_place=sandwich"),
         ("model.norm_place=post", "model.tied_embeddings=true"),
         ("model.norm=layernorm", "model.activation=gelu", "model.position=learned"),
+        ("model.attention_sinks=true",),
+        ("model.attention_sinks=true", "recompute=selective"),
         ("recompute=none",),
         ("recompute=selective",),
         ("recompute=full",),

@@ -42,7 +42,8 @@ GEMMA = dataclasses.replace(
     logit_softcap=4.0,
 )
 OTHER = dataclasses.replace(SMALL, norm_place="post", activation="relu2", rope=RopeConfig(fraction=0.5))
-CONFIGS = {"llama": SMALL, "gpt2": GPT2, "gemma": GEMMA, "other": OTHER}
+SINKS = dataclasses.replace(SMALL, window=5, window_pattern=2, attention_sinks=True)
+CONFIGS = {"llama": SMALL, "gpt2": GPT2, "gemma": GEMMA, "other": OTHER, "sinks": SINKS}
 
 
 def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:

@@ -1,0 +1,92 @@
+"""Attention sinks on the layouts that spread them, against one process in float64; and against transformers."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from megalite_kernels.reference import visible
+from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
+
+from megalite.checkpoint.stored_model import empty_model
+from megalite.config.schema import ModelConfig, RopeConfig
+from megalite.model.attention import Context
+from megalite.parallel.parameter import materialize
+from tests.kernels.support import random
+from tests.parity.layouts import Layout, Task, alone, trained, wrong
+from tests.parity.test_transformers import Double
+
+LAYOUTS = {
+    "tp": Layout(tp=2),
+    "tp with sp": Layout(tp=2, sp=True),
+    "ring": Layout(cp=2),
+    "ulysses": Layout(cp=2, cp_kind="ulysses"),
+    "hybrid": Layout(cp=4, cp_kind="hybrid"),
+    "pp": Layout(pp=2),
+    "zero bubble": Layout(pp=2, schedule="zb_h1"),
+    "zero 1": Layout(dp=2, zero=1),
+    "zero 2": Layout(dp=2, zero=2),
+    "zero 3": Layout(dp=2, zero=3),
+    "tp and pp": Layout(tp=2, pp=2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", ["sinks"])
+def test_same_as_one_process(model: str, layout: str) -> None:
+    for task in (Task(model, steps=2), Task(model, "adamw", steps=2, packed=False, recompute="full")):
+        assert not wrong(trained(LAYOUTS[layout], task), alone(LAYOUTS[layout], task)), task
+
+
+BATCH, LENGTH = 2, 12
+
+
+def compared(config: ModelConfig, layer: int, theirs: Any, rotary: Any, weights: dict[str, str]) -> None:
+    """The attention of a layer and a module of transformers given our `weights`, {ours: theirs}: output and every
+    gradient, relative to the largest value."""
+    model = empty_model(config, 8, LENGTH)
+    materialize(model, torch.device("cpu"), 0, torch.float64)
+    ours = model.blocks[str(layer)].attention
+    mine = {name: parameter.requires_grad_() for name, parameter in ours.named_parameters()}
+    copied = dict(theirs.named_parameters())
+    assert mine.keys() == weights.keys() and copied.keys() == set(weights.values())
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.add_(torch.linspace(-0.1, 0.2, parameter.numel(), dtype=torch.float64).view_as(parameter))
+            copied[weights[name]].copy_(parameter)
+    x, grad = random(BATCH, LENGTH, config.hidden).requires_grad_(), random(BATCH, LENGTH, config.hidden, seed=1)
+    assert model.rope is not None
+    rotation = model.rope.at(0, BATCH, LENGTH, None, x.dtype, x.device)
+    out = ours(x, Context(BATCH, rotation, rotation, None, None))
+    found = torch.autograd.grad(out, [x, *mine.values()], grad)
+    seen = visible(LENGTH, LENGTH, causal=True, window=ours.window)
+    mask = torch.zeros(LENGTH, LENGTH, dtype=torch.float64).masked_fill(~seen, -1e300)[None, None]
+    with Double():
+        wanted_out = theirs(x, rotary(x, torch.arange(LENGTH)[None].expand(BATCH, -1)), mask)[0]
+    wanted = torch.autograd.grad(wanted_out, [x, *(copied[weights[name]] for name in mine)], grad)
+    for name, ours_, theirs_ in zip(["out", "x", *mine], [out, *found], [wanted_out, *wanted], strict=True):
+        assert (ours_ - theirs_).abs().max() <= 1e-10 * theirs_.abs().max(), name
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_sinks_as_in_gpt_oss(layer: int) -> None:
+    """Its even layers see a window, the odd ones everything; YaRN without whole numbers for its limits."""
+    yarn = {"rope_type": "yarn", "rope_theta": 150.0, "factor": 4.0, "beta_fast": 4.0, "beta_slow": 1.0}
+    theirs = transformers.GptOssConfig(
+        hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=2, sliding_window=5,
+        attention_bias=True, rope_parameters=yarn | {"truncate": False, "original_max_position_embeddings": 16},
+        attn_implementation="eager",
+    )  # fmt: skip
+    rope = RopeConfig(150.0, scaling="yarn", factor=4.0, original_length=16, beta_fast=4.0, truncate=False)
+    ours = ModelConfig(
+        layers=2, hidden=24, heads=4, kv_heads=2, head_dim=8, ffn=8, qkv_bias=True, output_bias=True, window=5,
+        window_pattern=2, attention_sinks=True, rope=rope, init_std=0.2,
+    )  # fmt: skip
+    weights = {"sinks": "sinks"} | {
+        f"{mine}.{kind}": f"{mine[0]}_proj.{kind}"
+        for mine in ("query", "key", "value", "output")
+        for kind in ("weight", "bias")
+    }
+    with Double():
+        module, rotary = gpt_oss.GptOssAttention(theirs, layer).double(), gpt_oss.GptOssRotaryEmbedding(theirs)
+    compared(ours, layer, module, rotary, weights)
