@@ -149,13 +149,23 @@ class Communicator:
     ) -> torch.Tensor:
         """Rows for every rank in turn, `send[i]` of them (default: equal parts); returns the rows got from each rank in
         turn, `receive[i]` of them."""
+        got, handle = self.start_all_to_all(tensor, *axes, send=send, receive=receive)
+        handle.wait()
+        return got
+
+    def start_all_to_all(
+        self, tensor: torch.Tensor, *axes: str, send: list[int] | None = None, receive: list[int] | None = None
+    ) -> tuple[torch.Tensor, Handle]:
+        """`all_to_all` under way: what it returns is filled after the wait."""
         group = self._enter("all_to_all", axes, tensor, uneven=send is not None)
         if group is None:
-            return tensor
+            return tensor, _Batch([], [])
+        tensor = tensor.contiguous()
         rows = tensor.shape[0] if receive is None else sum(receive)
         got = tensor.new_empty((rows, *tensor.shape[1:]))
-        dist.all_to_all_single(got, tensor.contiguous(), receive, send, group)
-        return got
+        work = dist.all_to_all_single(got, tensor, receive, send, group, async_op=True)
+        assert work is not None
+        return got, _Batch([work], [tensor])
 
     def broadcast(self, tensor: torch.Tensor, *axes: str, source: int = 0) -> None:
         """Copy from the group's rank at place `source`, in place."""

@@ -16,9 +16,12 @@ import torch.distributed as dist
 AXES = ("pp", "dp", "cp", "tp")
 EXPERT_AXES = ("edp", "ep", "etp")
 REPLICA_AXES = ("copy", "shard")
-USUAL_GROUPS = (("pp",), ("dp",), ("cp",), ("tp",), ("ring",), ("ulysses",), ("dp", "cp"), ("dp", "cp", "tp"))
-"""What the engine communicates over, besides the whole world; with experts, over their axes too. The last is Muon's,
-and here because a stage without layers has no matrices and would not make it."""
+USUAL_GROUPS = (
+    ("pp",), ("dp",), ("cp",), ("tp",), ("ring",), ("ulysses",), ("dp", "cp"), ("dp", "cp", "tp"), ("cp", "tp"),
+    ("edp",), ("ep",), ("etp",), ("ep", "etp"),
+)  # fmt: skip
+"""What the engine communicates over, besides the whole world. Some only layers of a kind use: they are here because a
+stage without such layers would not make them."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +141,18 @@ class Mesh:
             return None
         assert self.rank in ranks, f"rank {self.rank} asked for a group of others: {ranks}"
         if not self._groups:
-            experts = tuple((axis,) for axis in EXPERT_AXES) if self.ep * self.etp > 1 else ()
-            for usual in USUAL_GROUPS + experts:
+            for usual in USUAL_GROUPS:
                 self._make(self.ranks(*usual))
         self._make(ranks)
         return self._groups[tuple(ranks)]
+
+    def alone(self) -> dist.ProcessGroup:
+        """A group of this rank, for a library that asks for one where there is nobody to talk to. Every rank asks."""
+        if (self.rank,) not in self._groups:
+            made = dist.new_group([self.rank], use_local_synchronization=True)
+            assert made is not None
+            self._groups[self.rank,] = made
+        return self._groups[self.rank,]
 
     def _make(self, ranks: list[int]) -> None:
         """Only the members of a group meet to make it, for stages of a pipeline may ask for different ones. torch names

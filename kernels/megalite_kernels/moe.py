@@ -71,14 +71,16 @@ def moe_route(
 
 
 def moe_permute(
-    x_ND: Tensor, indices_NK: Tensor, experts: int, *, pad_to: int | None = None, backend: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
+    x_ND: Tensor, indices_NK: Tensor, experts: int, *, pad_to: int | None = None, rows: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(rows sorted by expert [M, D], offsets [E + 1] int32, inverse [N, K] int32).
 
     Expert e's rows are offsets[e] to offsets[e + 1], in the order of tokens; slot (n, j) lies at row inverse[n, j].
     `pad_to`: each expert's rows are filled up with zeros to a multiple of it. A slot whose index is outside 0 … E - 1
     (dropped, or another rank's) has no row, and inverse -1. M = N · K, and with `pad_to` as many more as any choice
-    could need; rows from offsets[E] on are zero. offsets[1:] is what torch.nn.functional.grouped_mm takes.
+    could need; rows from offsets[E] on are zero. A caller who knows how many slots have an expert says so in `rows`:
+    M is that. offsets[1:] is what torch.nn.functional.grouped_mm takes.
     Raises ValueError for indices that aren't integers [N, K].
     """
     if x_ND.dim() != 2 or indices_NK.dim() != 2 or len(x_ND) != len(indices_NK) or indices_NK.dtype not in INTEGERS:
@@ -86,15 +88,19 @@ def moe_permute(
         raise ValueError(f"moe_permute: needs x [N, D] and integers [N, K], not {shapes}")
     if experts < 1 or (pad_to is not None and pad_to < 1):
         raise ValueError(f"moe_permute: {experts} experts, padded to {pad_to}: both are at least 1")
+    if rows is not None and (pad_to is not None or not 0 <= rows <= indices_NK.numel()):
+        raise ValueError(f"moe_permute: {rows} rows of {indices_NK.numel()} slots; pad_to allocates by itself")
     chosen = choose("moe_permute", backend, x_ND.device.type, x_ND.dtype)
+    if chosen == "cpu":
+        made = moe_cpu.permute(x_ND, indices_NK, experts, pad_to or 1, rows)
+        return made[0], made[1], made[2]
     if chosen == "reference":
-        return reference.moe_permute(x_ND, indices_NK, experts, pad_to=pad_to)
-    if chosen == "triton":
-        from megalite_kernels.gpu.moe_permute import permute
+        sorted_MD, offsets, inverse = reference.moe_permute(x_ND, indices_NK, experts, pad_to=pad_to)
     else:
-        permute = moe_cpu.permute
-    rows, offsets, inverse = permute(x_ND, indices_NK, experts, pad_to or 1)
-    return rows, offsets, inverse
+        from megalite_kernels.gpu.moe_permute import permute
+
+        sorted_MD, offsets, inverse = permute(x_ND, indices_NK, experts, pad_to or 1)
+    return sorted_MD[:rows], offsets, inverse
 
 
 def moe_unpermute(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None = None, *, backend: str = "auto") -> Tensor:

@@ -43,16 +43,21 @@ def route(
 
 
 @torch.library.custom_op("megalite::cpu_moe_permute", mutates_args=())
-def permute(x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int) -> tuple[Tensor, Tensor, Tensor]:
+def permute(
+    x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int, rows: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`moe_permute`; pad_to 1: no padding."""
     offsets, inverse = sorted_places(indices_NK, experts, pad_to)
-    return _spread(x_ND, inverse, sorted_rows(inverse.numel(), experts, pad_to))[0], offsets, inverse
+    rows = sorted_rows(inverse.numel(), experts, pad_to) if rows is None else rows
+    return _spread(x_ND, inverse, rows)[0], offsets, inverse
 
 
 @permute.register_fake
-def _(x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int, rows: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     offsets = indices_NK.new_empty(experts + 1, dtype=torch.int32)
-    rows = sorted_rows(indices_NK.numel(), experts, pad_to)
+    rows = sorted_rows(indices_NK.numel(), experts, pad_to) if rows is None else rows
     return x_ND.new_empty((rows, x_ND.shape[1])), offsets, offsets.new_empty(indices_NK.shape)
 
 
@@ -164,7 +169,7 @@ def _save_permute(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _differentiate_permute(ctx: Any, grad_sorted: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return torch.ops.megalite.cpu_moe_unpermute(grad_sorted, ctx.saved_tensors[0], None), None, None, None
+    return torch.ops.megalite.cpu_moe_unpermute(grad_sorted, ctx.saved_tensors[0], None), None, None, None, None
 
 
 def _save_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

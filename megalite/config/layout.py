@@ -43,14 +43,6 @@ def order_names_each_axis_once(job: Job) -> Iterator[str]:
         yield f"parallel.order={job.config.parallel.order}: names each axis once; such as {','.join(AXES)}"
 
 
-@RULES.reads("parallel.ep", "parallel.etp")
-def experts_are_not_built(job: Job) -> Iterator[str]:
-    for axis in ("ep", "etp"):
-        value = getattr(job.config.parallel, axis)
-        if value != 1:
-            yield f"parallel.{axis}={value}: not built yet; legal: 1; use more data parallelism"
-
-
 @RULES.reads("train.global_batch", "train.micro_batch", "parallel.dp", *INNER)
 def global_batch_divides(job: Job) -> Iterator[str]:
     train = job.config.train

@@ -112,7 +112,7 @@ class MoEConfig:
     jitter: float = key(0.0, "Noise on the router's input in training: a factor in 1-jitter..1+jitter.", minimum=0)
     capacity: float | None = key(None, "An expert takes at most this many times its even share of a microbatch, other tokens pass by; null: all.", minimum=0)
     drop: str = key("probability", "Which tokens an over-full expert keeps: the most probable or the first.", choices=("probability", "position"))
-    pad: bool = key(False, "With capacity: experts are filled up to it, so that no size depends on the data.")
+    pad: bool = key(False, "With capacity: experts are filled up to it, so that their products are of the same size in every step.")
     force_balance: bool = key(False, "Every expert gets the same number of tokens, whatever the scores (benchmarks).")
 
 
@@ -204,7 +204,7 @@ class ParallelConfig:
         "How tokens reach experts of other ranks: a copy to each rank that has one of them; all tokens to all; or a copy to each node, which hands it on.",
         choices=("all_to_all", "all_gather", "node"),
     )
-    node_ranks: int = key(0, "dispatcher=node: ranks of ep x etp that are on one node; 0: as many as processes on this host.", minimum=0)
+    node_ranks: int = key(0, "dispatcher=node: how many neighbours of ep x etp are on one node.", minimum=0)
     engine: str = key("megalite", "Who spreads data parallelism and zero.", choices=("megalite", "deepspeed"))
     zero: int = key(0, "What data parallelism shards: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights.", choices=(0, 1, 2, 3))
     shard_ranks: int = key(0, "zero 3: ranks of dp x cp that share one copy, such as those of a node (HSDP); 0: all.", minimum=0)

@@ -19,9 +19,10 @@ from megalite.parallel.tensor import ALONE, TensorParallel
 
 class Context(NamedTuple):
     """What every layer of one forward pass shares. Rotations are None without RoPE; documents number the tokens of
-    whole rows, also where context parallelism gives this rank a part of them."""
+    whole rows, also where context parallelism gives this rank a part of them; so do token ids."""
 
     batch: int
+    tokens_BS: Tensor
     rotation: Rotation | None
     local_rotation: Rotation | None  # of layers with a sliding window
     documents_BS: Tensor | None

@@ -14,6 +14,7 @@ from megalite.parallel.tensor import ALONE, TensorParallel
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "swiglu": megalite_kernels.swiglu,
     "geglu": megalite_kernels.geglu,
+    "swiglu_clamped": megalite_kernels.swiglu_clamped,
     "gelu": megalite_kernels.gelu,
     "gelu_tanh": megalite_kernels.gelu_tanh,
     "relu2": megalite_kernels.relu2,
@@ -24,12 +25,12 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 class MLP(nn.Module):
     """down(activation([gate(x),] up(x))): [..., hidden] to [..., hidden] through `ffn` inner values."""
 
-    def __init__(self, config: ModelConfig, output_std: float) -> None:
+    def __init__(self, config: ModelConfig, output_std: float, ffn: int) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
         self.gated = gated(config)
         self.recompute = False  # the activation's output is computed again in backward
-        hidden, ffn, std, bias = config.hidden, config.ffn, config.init_std, config.mlp_bias
+        hidden, std, bias = config.hidden, config.init_std, config.mlp_bias
         if self.gated:
             self.gate = Linear(hidden, ffn, split="outputs", std=std, bias=bias)
         self.up = Linear(hidden, ffn, split="outputs", std=std, bias=bias)
@@ -37,7 +38,7 @@ class MLP(nn.Module):
         self.tp: TensorParallel = ALONE
         self.backend = "auto"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, _: object = None) -> Tensor:
         inner = self.tp.columns(x, (self.gate, self.up) if self.gated else (self.up,))
         return recompute.run(self.recompute, self.contract, *inner)
 

@@ -12,9 +12,11 @@ from torch import nn
 from megalite.comm import Communicator
 from megalite.config.schema import Config, RecomputeConfig
 from megalite.model.linear import Linear
+from megalite.model.moe import MoE
 from megalite.model.transformer import Block, Transformer
 from megalite.parallel.context import ContextParallel
 from megalite.parallel.deferred import DeferredWeights
+from megalite.parallel.experts import make_dispatcher
 from megalite.parallel.parameter import shard_parameters
 from megalite.parallel.tensor import TensorParallel
 
@@ -28,6 +30,7 @@ def parallelize(
     tp = TensorParallel(comm, config.parallel.sp, config.parallel.overlap)
     spread_tensors(stages, tp, sorted({placement[0], placement[-1]}))
     spread_context(stages, comm)
+    spread_experts(stages, comm, config)
     for stage in stages:
         apply_kernels(stage, config.train.kernels)
         apply_recompute(stage, config.recompute)
@@ -56,6 +59,18 @@ def spread_context(stages: Sequence[nn.Module], comm: Communicator) -> None:
         for module in (module for stage in stages for module in stage.modules()):
             if hasattr(module, "cp"):
                 module.cp = cp  # type: ignore[assignment]
+
+
+def spread_experts(stages: Sequence[nn.Module], comm: Communicator, config: Config) -> None:
+    """Tell the layers with experts how tokens reach them, and routers what share of a step a microbatch is."""
+    parallel, train = config.parallel, config.train
+    for module in (module for stage in stages for module in stage.modules()):
+        if isinstance(module, MoE):
+            module.dispatcher = make_dispatcher(
+                parallel.dispatcher, comm, config.model.moe.experts, parallel.node_ranks
+            )
+            module.experts.first_part = comm.mesh.index("etp") == 0
+            module.router.share, module.router.seed = train.micro_batch / train.global_batch, train.seed
 
 
 def apply_kernels(model: nn.Module, backend: str) -> None:

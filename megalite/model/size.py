@@ -43,7 +43,21 @@ def rotary_dim(config: ModelConfig) -> int:
 
 def gated(config: ModelConfig) -> bool:
     """Whether the MLP has a gate projection beside its up projection."""
-    return config.activation in ("swiglu", "geglu")
+    return config.activation in ("swiglu", "geglu", "swiglu_clamped")
+
+
+def is_moe(config: ModelConfig, layer: int) -> bool:
+    """Whether the layer has experts in the place of an MLP."""
+    return config.moe.experts > 0 and layer >= config.moe.dense_layers
+
+
+def moe_layers(config: ModelConfig) -> int:
+    return sum(is_moe(config, layer) for layer in range(config.layers))
+
+
+def expert_ffn(config: ModelConfig) -> int:
+    """Inner width of an expert."""
+    return config.moe.ffn or config.ffn
 
 
 def layer_windows(config: ModelConfig) -> list[int | None]:
@@ -54,7 +68,8 @@ def layer_windows(config: ModelConfig) -> list[int | None]:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters by role; `matrices` are the blocks' weights, `head` is 0 when the embedding is tied."""
+    """Numbers of parameters by role; `matrices` are the blocks' dense weights (routers among them), `experts` those of
+    all experts, of which a token meets `active_experts`; `head` is 0 when the embedding is tied."""
 
     embedding: int
     positions: int
@@ -62,10 +77,13 @@ class ParameterCounts:
     biases: int
     norms: int
     head: int
+    experts: int = 0
+    active_experts: int = 0
 
     @property
     def total(self) -> int:
-        return self.embedding + self.positions + self.matrices + self.biases + self.norms + self.head
+        ends = self.embedding + self.positions + self.head
+        return ends + self.matrices + self.experts + self.biases + self.norms
 
 
 def parameter_counts(config: ModelConfig, vocab: int, max_positions: int = 0) -> ParameterCounts:
@@ -76,31 +94,38 @@ def parameter_counts(config: ModelConfig, vocab: int, max_positions: int = 0) ->
     ups = 2 if gated(config) else 1
     norms_a_block = 4 if config.norm_place == "sandwich" else 2
     norm_size = 2 if config.norm == "layernorm" else 1
-    matrices = (2 * query_rows + 2 * kv_rows) * hidden + (ups + 1) * ffn * hidden
-    biases = (
-        config.qkv_bias * (query_rows + 2 * kv_rows)
-        + config.output_bias * hidden
-        + config.mlp_bias * (ups * ffn + hidden)
-        + config.attention_sinks * config.heads
-    )
+    moe, sparse = config.moe, moe_layers(config)
+    matrices = config.layers * (2 * query_rows + 2 * kv_rows) * hidden
+    matrices += (config.layers - sparse) * (ups + 1) * ffn * hidden
+    matrices += sparse * ((ups + 1) * moe.shared_ffn + moe.experts + moe.shared_gate) * hidden
+    attention_biases = config.qkv_bias * (query_rows + 2 * kv_rows) + config.output_bias * hidden
+    biases = config.layers * (attention_biases + config.attention_sinks * config.heads)
+    biases += (config.layers - sparse) * config.mlp_bias * (ups * ffn + hidden)
+    each = moe.experts * (ups * expert_ffn(config) + hidden) + (moe.shared_ffn > 0) * (ups * moe.shared_ffn + hidden)
+    states = (moe.bias_rate is not None) + (moe.aux_scope == "global" and moe.aux_loss > 0)
+    biases += sparse * (config.mlp_bias * each + moe.experts * (moe.router_bias + states))
+    expert = (ups + 1) * expert_ffn(config) * hidden
     block_norms = norms_a_block * norm_size * hidden + config.qk_norm * 2 * dim
     return ParameterCounts(
         embedding=vocab * hidden,
         positions=(max_positions or config.max_positions or 0) * hidden if config.position == "learned" else 0,
-        matrices=config.layers * matrices,
-        biases=config.layers * biases,
+        matrices=matrices,
+        biases=biases,
         norms=config.layers * block_norms + norm_size * hidden,
         head=0 if config.tied_embeddings else vocab * hidden,
+        experts=sparse * moe.experts * expert,
+        active_experts=sparse * moe.top_k * expert,
     )
 
 
 def flops_per_token(config: ModelConfig, vocab: int, sequence_length: int) -> int:
     """Model FLOPs of one training token, forward and backward (recompute not counted).
 
-    Six for every weight of a matmul (the head included, tied or not), and for each layer's causal attention
-    12 * heads * head_dim for every key a query sees on average: s/2, or w - w²/2s under a window of w < s.
+    Six for every weight of a matmul that the token meets (the head included, tied or not), and for each layer's causal
+    attention 12 * heads * head_dim for every key a query sees on average: s/2, or w - w²/2s under a window of w < s.
     """
-    matmuls = parameter_counts(config, vocab).matrices + vocab * config.hidden
+    counts = parameter_counts(config, vocab)
+    matmuls = counts.matrices + counts.active_experts + vocab * config.hidden
     s = sequence_length
     windows = [min(window or s, s) for window in layer_windows(config)]
     doubled_keys = sum(2 * w * s - w * w for w in windows)  # times s/2: kept whole until the end

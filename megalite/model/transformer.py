@@ -19,9 +19,10 @@ from megalite.model.attention import Attention, Context
 from megalite.model.cache import KVCache
 from megalite.model.embedding import Embedding, Head, Positions
 from megalite.model.mlp import MLP
+from megalite.model.moe import MoE
 from megalite.model.norm import make_norm
 from megalite.model.rope import RopeTables
-from megalite.model.size import rotary_dim
+from megalite.model.size import is_moe, rotary_dim
 from megalite.parallel.context import ContextParallel
 from megalite.parallel.tensor import ALONE, TensorParallel
 
@@ -44,7 +45,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer, std)
         self.attention_post_norm = make_norm(config) if after else nn.Identity()
         self.mlp_norm = make_norm(config) if before else nn.Identity()
-        self.mlp = MLP(config, std)
+        self.mlp = MoE(config, layer, std) if is_moe(config, layer) else MLP(config, std, config.ffn)
         self.mlp_post_norm = make_norm(config) if after else nn.Identity()
         self.keeping = recompute.Keeping()
 
@@ -53,7 +54,7 @@ class Block(nn.Module):
 
     def sublayers(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.attention_post_norm(self.attention(self.attention_norm(x), context))
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x), context))
 
 
 class Transformer(nn.Module):
@@ -124,7 +125,7 @@ class Transformer(nn.Module):
         where = (start, batch, length, positions_BS, x.dtype, x.device)
         rotation = self.rope.at(*where) if self.rope else None
         local = self.local_rope.at(*where) if self.local_rope else rotation
-        context = Context(batch, rotation, local, documents_BS, cache)
+        context = Context(batch, tokens_BS, rotation, local, documents_BS, cache)
         for block in self.blocks.values():
             x = block(x, context)
         if cache is not None:

@@ -1,7 +1,7 @@
 """The optimizer: groups by declared role, float32 main weights behind a low-precision model, state by logical name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from megalite.optim.schedule import lr_share
 from megalite.parallel.boxes import Held
 from megalite.parallel.buckets import Slot
 from megalite.parallel.data import Gradients, Piece
-from megalite.parallel.parameter import Role
+from megalite.parallel.parameter import Role, declared_parameters, placement
 from megalite.parallel.weights import ShardedWeights
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -46,7 +46,7 @@ class Rule:
 def rule_for(role: Role, optim: OptimConfig) -> Rule:
     """Matrices decay and may take Muon; embeddings and head may have a rate of their own; norms never decay."""
     embedding_like = role in ("embedding", "head", "position")
-    decays = role == "matrix" or (embedding_like and optim.decay_embeddings)
+    decays = role in ("matrix", "router", "expert") or (embedding_like and optim.decay_embeddings)
     muon = optim.name == "muon" and role == "matrix"
     own_rate = optim.embedding_lr is not None and (embedding_like or (optim.name == "muon" and not muon))
     lr = optim.embedding_lr if own_rate and optim.embedding_lr is not None else optim.lr
@@ -76,6 +76,7 @@ class Optimizer:
         for slot in gradients.slots:
             by_rule.setdefault(rule_for(slot.declared.role, optim), []).append(slot)
         self.rules = [self._build(rule, slots, gradients) for rule, slots in by_rule.items()]
+        self.untrained = {name: p for name, p, _ in declared_parameters(chunks) if not p.requires_grad}
         self._make_state()
 
     def _build(self, rule: Rule, slots: list[Slot], gradients: Gradients) -> torch.optim.Optimizer:
@@ -141,13 +142,15 @@ class Optimizer:
         return int(total)
 
     def state_tensors(self) -> dict[str, Held]:
-        """Main weights and moments, live, keyed `model.<name>` and `optim.<name>.<moment>`: the boxes held here."""
+        """Main weights, moments and what no gradient moves, live, keyed `model.<name>` and `optim.<name>.<moment>`: the
+        boxes held here."""
         states = {id(weight): state for rule in self.rules for weight, state in rule.state.items()}
         tensors: dict[str, Held] = {}
         for piece, main in self.main.items():
             tensors[f"model.{piece.slot.name}"] = _held(piece, main.detach())
             for key, value in states[id(main)].items():
                 tensors[f"optim.{piece.slot.name}.{key}"] = _held(piece, value)
+        tensors |= {f"model.{name}": _state(state) for name, state in self.untrained.items()}
         return {key: held for key, held in tensors.items() if held.parts}
 
     @torch.no_grad()
@@ -158,6 +161,11 @@ class Optimizer:
                 value.copy_(loaded)
         self._publish()
         self.wait()
+
+
+def _state(state: nn.Parameter) -> Held:
+    """What no gradient moves; every rank that has it holds all of it."""
+    return replace(Held.whole(state.detach()), stores=placement(state).counted)
 
 
 def _held(piece: Piece, value: torch.Tensor) -> Held:

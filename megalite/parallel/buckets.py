@@ -66,11 +66,13 @@ def make_buckets(chunks: Sequence[nn.Module], mesh: Mesh, elements: float, zero:
     in which backward finishes them. Kinds that are summed over other ranks have buckets of their own."""
     users: dict[nn.Parameter, tuple[int, ...]] = {}
     for number, chunk in enumerate(chunks):
-        for parameter in chunk.parameters():
+        for parameter in trained(chunk):
             users[parameter] = (*users.get(parameter, ()), number)
     buckets: list[Bucket] = []
     filling: dict[_Kind, list[Slot]] = {}
     for name, parameter, declared in reversed(list(declared_parameters(chunks))):
+        if not parameter.requires_grad:
+            continue
         placed = placement(parameter)
         # What all tp ranks hold lies alike on them, or their sums over the replicas could round differently.
         alike = mesh.size("tp") > 1 and "tp" not in declared.shard
@@ -80,6 +82,11 @@ def make_buckets(chunks: Sequence[nn.Module], mesh: Mesh, elements: float, zero:
         if slots[-1].stop >= elements:
             buckets.append(Bucket(kind[0], filling.pop(kind), mesh, zero))
     return buckets + [Bucket(kind[0], slots, mesh, zero) for kind, slots in filling.items()]
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that have a gradient."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 _Kind = tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...], tuple[int, ...], bool, torch.dtype]

@@ -12,7 +12,7 @@ from torch import nn
 
 from megalite.comm import Communicator, Handle
 from megalite.mesh import AXES
-from megalite.parallel.buckets import Bucket, Slot, make_buckets
+from megalite.parallel.buckets import Bucket, Slot, make_buckets, trained
 
 REPLICATED_OVER = ("dp", "cp")
 """Mesh axes whose ranks hold the same parameters but see different tokens."""
@@ -158,7 +158,7 @@ class Gradients:
         self.buckets = make_buckets(chunks, comm.mesh, bucket_bytes / dtype.itemsize, zero)
         self._buffers = [_Buffer(bucket, dtype, comm, zero) for bucket in self.buckets]
         self._slots = {s.parameter: (buffer, s) for buffer in self._buffers for s in buffer.bucket.slots}
-        in_order = dict.fromkeys(p for chunk in self.chunks for p in chunk.parameters())
+        in_order = dict.fromkeys(p for chunk in self.chunks for p in trained(chunk))
         self.slots = [self._slots[parameter][1] for parameter in in_order]
         self._queues: list[list[_Buffer]] = [[] for _ in chunks]
         self._flying: list[_Buffer] = []

@@ -1,8 +1,9 @@
 """ZeRO 3 (Rajbhandari et al. 2020, arXiv:1910.02054) through PyTorch's FSDP2: weights are sharded over replicas too.
 
-A unit (a block; the stage with all that is in no block) is gathered before it runs and again before its backward, whose
-gradients are summed into this rank's rows at once, after every microbatch. FSDP2 decides when; what moves goes through
-the one door. Along the mesh axis shard ranks share out one copy of the weights, along copy they hold the same (HSDP).
+A unit (a block; its experts; the stage with all that is in no block) is gathered before it runs and again before its
+backward, whose gradients are summed into this rank's rows at once, after every microbatch. FSDP2 decides when; what
+moves goes through the one door. Along the mesh axis shard ranks share out one copy of the weights, along copy they hold
+the same (HSDP); experts are shared out along edp, by all ranks that hold the same ones.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,50 +22,55 @@ from torch.distributed.tensor import DTensor
 from megalite.comm import Communicator
 from megalite.mesh import Mesh
 from megalite.parallel.data import Gradients, Piece, unowned
-from megalite.parallel.parameter import Placement, attach, declaration, initial_values, local, placement
+from megalite.parallel.parameter import Placement, attach, declaration, dtype_of, initial_values, local, placement
 from megalite.precision import Precision
 
 
 def shard_fully(
     stage: nn.Module,
-    units: Sequence[nn.Module],
+    units: Sequence[tuple[nn.Module, str]],
     comm: Communicator,
     device: torch.device,
     seed: int,
     precision: Precision,
 ) -> None:
-    """Shard every weight of `stage` by rows over the mesh axis shard (at least two ranks) and give it initial values.
+    """Shard every weight of `stage` by rows over the mesh axis shard and give it initial values.
 
     The stage comes from the meta device, so a rank never holds more than its rows. `units`: modules of it that are
-    gathered alone. Rows are in `precision.main`, whole weights in `precision.compute`.
+    gathered alone, the inner ones first, and the mesh axis that each is shared out along. Rows are in
+    `precision.main`, whole weights in `precision.compute`. What has no gradient stays whole.
     """
-    group = comm.mesh.group("shard")
-    assert group is not None, "one rank has nothing to share out"
-    mesh = DeviceMesh.from_group(group, device.type)
+    meshes = {
+        axis: DeviceMesh.from_group(comm.mesh.group(axis) or comm.mesh.alone(), device.type)
+        for axis in ("shard", *dict.fromkeys(axis for _, axis in units if axis != "shard"))
+    }
+    states = {p for p in stage.parameters() if not p.requires_grad}
     mixed = MixedPrecisionPolicy(precision.compute, precision.main, cast_forward_inputs=False)
     known = {name: (declaration(p), placement(p)) for name, p in stage.named_parameters()}
     stage.to(precision.main)
-    for module in (*units, stage):
-        sharded = fully_shard(module, mesh=mesh, mp_policy=mixed)
-        sharded.set_custom_all_gather(_Gather(comm))  # type: ignore[arg-type]
-        sharded.set_custom_reduce_scatter(_Reduce(comm))  # type: ignore[arg-type]
+    for module, axis in (*units, (stage, "shard")):
+        sharded = fully_shard(module, mesh=meshes[axis], mp_policy=mixed, ignored_params=states)
+        sharded.set_custom_all_gather(_Gather(comm, axis))  # type: ignore[arg-type]
+        sharded.set_custom_reduce_scatter(_Reduce(comm, axis))  # type: ignore[arg-type]
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
     stage.to_empty(device=device)
     for name, parameter in stage.named_parameters():
         declared, whole = known[name]
-        placed = rows_of(whole, comm.mesh)
+        placed = rows_of(whole, comm.mesh) if parameter.requires_grad else whole
         attach(parameter, declared, placed)
-        local(parameter).copy_(initial_values(declared, name, seed, placed).to(precision.compute))
+        values = initial_values(declared, name, seed, placed)
+        local(parameter).copy_(values.to(dtype_of(declared, precision.compute)))
 
 
 def rows_of(whole: Placement, mesh: Mesh) -> Placement:
     """This rank's rows of a part of a logical tensor, as FSDP2 cuts it: equally many, fewer or none at the end."""
-    rows, ranks, place = whole.shape[0], mesh.size("shard"), mesh.index("shard")
+    axis, copies = ("shard", ("copy",)) if whole.replicas != ("edp",) else ("edp", ())
+    rows, ranks, place = whole.shape[0], mesh.size(axis), mesh.index(axis)
     each = -(-rows // ranks)
     start, stop = min(rows, place * each), min(rows, (place + 1) * each)
     offsets, shape = (whole.offsets[0] + start, *whole.offsets[1:]), (stop - start, *whole.shape[1:])
-    return replace(whole, offsets=offsets, shape=shape, replicas=("copy",))
+    return replace(whole, offsets=offsets, shape=shape, replicas=copies)
 
 
 class LocalWeights(nn.Module):
@@ -72,7 +78,7 @@ class LocalWeights(nn.Module):
 
     def __init__(self, stage: nn.Module) -> None:
         super().__init__()
-        self.sharded = dict(stage.named_parameters())
+        self.sharded = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
         self.rows = {name: nn.Parameter(local(parameter)) for name, parameter in self.sharded.items()}
         for name, parameter in self.sharded.items():
             attach(self.rows[name], declaration(parameter), placement(parameter))
@@ -143,8 +149,8 @@ def _like(sharded: nn.Parameter, rows: torch.Tensor) -> DTensor:
 class _Door:
     """What FSDP2 asks of a collective of one's own."""
 
-    def __init__(self, comm: Communicator) -> None:
-        self.comm = comm
+    def __init__(self, comm: Communicator, axis: str) -> None:
+        self.comm, self.axis = comm, axis
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -154,7 +160,7 @@ class _Gather(_Door):
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Any:
-        return self.comm.all_gather_into(output_tensor, input_tensor, "shard", async_op=async_op)
+        return self.comm.all_gather_into(output_tensor, input_tensor, self.axis, async_op=async_op)
 
 
 class _Reduce(_Door):
@@ -167,4 +173,4 @@ class _Reduce(_Door):
         async_op: bool = False,
     ) -> Any:
         assert op == dist.ReduceOp.SUM, f"gradients are sums, not {op}"
-        return self.comm.reduce_scatter_into(output_tensor, input_tensor, "shard", async_op=async_op)
+        return self.comm.reduce_scatter_into(output_tensor, input_tensor, self.axis, async_op=async_op)

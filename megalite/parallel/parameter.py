@@ -14,7 +14,9 @@ from torch import nn
 
 from megalite.mesh import Mesh
 
-Role = Literal["matrix", "embedding", "head", "position", "norm", "bias"]
+Role = Literal["matrix", "embedding", "head", "position", "norm", "bias", "router", "expert", "state"]
+"""expert: [experts, rows, columns]. state: moved by rules of its own after a step, not by a gradient."""
+Sees = Literal["tokens", "heads", "own"]
 BLOCK_ROWS = 1024
 """Rows drawn from one random stream: a rank that holds some rows only draws the blocks it needs."""
 
@@ -24,8 +26,8 @@ class Declaration:
     """`shape`: logical (unsharded). `std`: of normal initial values; 0: `constant`. `shard`: mesh axis -> dim.
 
     `sees`: what one rank of a tp group applies a parameter to that is not sharded over tp: "tokens" of the residual
-    stream (all of them, or its part under sequence parallelism), or its own "heads" (then its gradient is always a term
-    of a sum over tp).
+    stream (all of them, or its part under sequence parallelism), or its own "heads", or its "own" part of the tokens in
+    any case (then its gradient is always a term of a sum over tp). Of an expert's parameter: over etp.
     """
 
     shape: tuple[int, ...]
@@ -33,7 +35,7 @@ class Declaration:
     std: float = 0.0
     constant: float = 0.0
     shard: Mapping[str, int] = field(default_factory=dict)
-    sees: Literal["tokens", "heads"] = "tokens"
+    sees: Sees = "tokens"
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,17 @@ def declare(
     std: float = 0.0,
     constant: float = 0.0,
     shard: Mapping[str, int] | None = None,
-    sees: Literal["tokens", "heads"] = "tokens",
+    sees: Sees = "tokens",
 ) -> nn.Parameter:
     """A parameter on torch's current default device and dtype (meta while a model is built), with its declaration."""
     declared = Declaration(tuple(shape), role, std, constant, dict(shard or {}), sees)
-    return attach(nn.Parameter(torch.empty(*shape)), declared, Placement((0,) * len(shape), tuple(shape)))
+    return attach(torch.empty(*shape), declared, Placement((0,) * len(shape), tuple(shape)))
 
 
-def attach(parameter: nn.Parameter, declared: Declaration, placed: Placement) -> nn.Parameter:
-    """The parameter, with what it declares and where it lies; for parameters made outside of `declare`."""
+def attach(values: torch.Tensor, declared: Declaration, placed: Placement) -> nn.Parameter:
+    """The values as a parameter, with what it declares and where it lies; for parameters made outside of `declare`."""
+    trained = declared.role != "state"
+    parameter = values if isinstance(values, nn.Parameter) else nn.Parameter(values, requires_grad=trained)
     parameter.declaration, parameter.placement = declared, placed  # type: ignore[attr-defined]
     return parameter
 
@@ -98,12 +102,12 @@ def place(declared: Declaration, mesh: Mesh, sp: bool, tied: Sequence[int] = ())
     for axis, dim in declared.shard.items():
         start, stop = part(declared.shape[dim], mesh.size(axis), mesh.index(axis))
         offsets[dim], shape[dim] = start, stop - start
-    partial: tuple[str, ...] = ()
-    whole = "tp" not in declared.shard and mesh.size("tp") > 1
-    if whole and (sp or declared.sees == "heads"):
-        partial = ("tp",)
-    counted = not (whole and mesh.index("tp") > 0) and (not tied or mesh.index("pp") == tied[0])
-    return Placement(tuple(offsets), tuple(shape), ("dp", "cp"), partial, tuple(tied), counted)
+    # Experts see the ranks of a stage folded anew.
+    split, replicas = ("etp", ("edp",)) if "ep" in declared.shard else ("tp", ("dp", "cp"))
+    whole = split not in declared.shard and mesh.size(split) > 1
+    partial = (split,) if whole and (sp or declared.sees != "tokens") else ()
+    counted = not (whole and mesh.index(split) > 0) and (not tied or mesh.index("pp") == tied[0])
+    return Placement(tuple(offsets), tuple(shape), replicas, partial, tuple(tied), counted)
 
 
 def shard_parameters(
@@ -118,7 +122,7 @@ def shard_parameters(
             if parameter not in made:
                 declared = declaration(parameter)
                 placed = place(declared, mesh, sp, tied.get(parameter, ()))
-                made[parameter] = attach(nn.Parameter(parameter.new_empty(placed.shape)), declared, placed)
+                made[parameter] = attach(parameter.new_empty(placed.shape), declared, placed)
             owner._parameters[name] = made[parameter]
 
 
@@ -142,14 +146,20 @@ def initial_values(declared: Declaration, name: str, seed: int, placed: Placemen
     values = torch.empty(box.shape)
     first, rows = box.offsets[0], box.shape[0]
     columns = tuple(slice(o, o + n) for o, n in zip(box.offsets[1:], box.shape[1:], strict=True))
-    for block in range(first // BLOCK_ROWS, -(-(first + rows) // BLOCK_ROWS)):
-        start, stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, declared.shape[0])
+    each = BLOCK_ROWS if len(declared.shape) < 3 else 1  # one expert
+    for block in range(first // each, -(-(first + rows) // each)):
+        start, stop = block * each, min((block + 1) * each, declared.shape[0])
         digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
         drawn = torch.empty(stop - start, *declared.shape[1:]).normal_(0.0, declared.std, generator=generator)
         low, high = max(start, first), min(stop, first + rows)
         values[low - first : high - first] = drawn[low - start : high - start][(slice(None), *columns)]
     return values
+
+
+def dtype_of(declared: Declaration, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter of a model in `dtype`: what adds up small steps without main weights stays wide."""
+    return torch.promote_types(dtype, torch.float32) if declared.role == "state" else dtype
 
 
 @torch.no_grad()
@@ -161,8 +171,9 @@ def materialize(modules: nn.Module | Sequence[nn.Module], device: torch.device, 
         for name, parameter in list(owner._parameters.items()):
             if parameter is not None and parameter.is_meta:
                 if parameter not in made:
-                    empty = torch.empty_like(parameter, device=device, dtype=dtype)
-                    made[parameter] = attach(nn.Parameter(empty), declaration(parameter), placement(parameter))
+                    declared = declaration(parameter)
+                    empty = torch.empty_like(parameter, device=device, dtype=dtype_of(declared, dtype))
+                    made[parameter] = attach(empty.detach(), declared, placement(parameter))
                 owner._parameters[name] = made[parameter]
     for name, parameter, declared in declared_parameters(modules):
         parameter.copy_(initial_values(declared, name, seed, placement(parameter)))

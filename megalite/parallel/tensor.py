@@ -15,7 +15,7 @@ from torch import Tensor
 from megalite.comm import Communicator
 from megalite.errors import RunError
 from megalite.mesh import AXES, Mesh
-from megalite.parallel.collectives import gather_for_parts, scatter_sum, split, sum_backward, sum_forward
+from megalite.parallel.collectives import gather, gather_for_parts, scatter_sum, split, sum_backward, sum_forward
 from megalite.parallel.overlap import gathered_products
 from megalite.parallel.parameter import part
 
@@ -55,6 +55,15 @@ class TensorParallel:
         if self.sp:
             return scatter_sum(partial.flatten(0, -2), self.comm, "tp")
         return sum_forward(partial, self.comm, "tp")
+
+    def own(self, x: Tensor) -> Tensor:
+        """Residual stream to this rank's own tokens of it [N / tp, E]: no two ranks compute the same one."""
+        flat = x.flatten(0, -2)
+        return flat if self.sp else split(flat, self.comm, "tp")
+
+    def joined(self, own_NE: Tensor, like: Tensor) -> Tensor:
+        """Every rank's own tokens as the residual stream, of the shape of `like`."""
+        return own_NE if self.sp else gather(own_NE, self.comm, "tp").view(like.shape)
 
     def tokens(self, x_BS: Tensor) -> Tensor:
         """What belongs to this rank's tokens of the residual stream, of something every rank has whole."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megalite_kernels import explain, tune_allocator
+from torch import nn
 
 from megalite.comm import Communicator
 from megalite.config.rules import Job
@@ -14,6 +15,7 @@ from megalite.config.validate import validate
 from megalite.data.bundle import DataBundle, prepare_data
 from megalite.errors import UserError
 from megalite.mesh import Mesh
+from megalite.model.experts import Experts
 from megalite.model.parallelize import parallelize
 from megalite.model.size import flops_per_token, head_dim, parameter_counts
 from megalite.model.transformer import Transformer
@@ -53,7 +55,10 @@ def make_mesh(config: Config, world: World) -> Mesh:
     validate(config, world.size)
     parallel, job = config.parallel, Job(config, world.size)
     sizes = {"pp": parallel.pp, "dp": job.dp, "cp": parallel.cp, "tp": parallel.tp}
-    return Mesh(sizes, world.rank, ulysses=job.ulysses, order=job.order, shard_ranks=parallel.shard_ranks)
+    return Mesh(
+        sizes, world.rank, ulysses=job.ulysses, order=job.order, shard_ranks=parallel.shard_ranks,
+        ep=parallel.ep, etp=parallel.etp,
+    )  # fmt: skip
 
 
 def make_data(config: Config, comm: Communicator) -> DataBundle:
@@ -95,10 +100,19 @@ def make_stages(
         from megalite.parallel.fully_sharded import shard_fully  # FSDP2 takes two seconds to import
 
         for stage in stages:
-            shard_fully(stage, list(stage.blocks.values()), comm, device, config.train.seed, precision)
+            shard_fully(stage, gathered_alone(stage), comm, device, config.train.seed, precision)
     else:
         materialize(stages, device, config.train.seed, precision.compute)
     return stages
+
+
+def gathered_alone(stage: Transformer) -> list[tuple[nn.Module, str]]:
+    """What of a stage ZeRO 3 gathers for itself: experts, and blocks without them; with the mesh axis of each."""
+    units: list[tuple[nn.Module, str]] = []
+    for block in stage.blocks.values():
+        units += [(module, "edp") for module in block.modules() if isinstance(module, Experts)]
+        units.append((block, "shard"))
+    return units
 
 
 def shards_weights(config: Config, mesh: Mesh) -> bool:

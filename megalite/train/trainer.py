@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megalite.model.transformer import Transformer
 from megalite.pipeline.runtime import Pipeline
 from megalite.precision import choose_precision
 from megalite.train import build
+from megalite.train.balance import Balance
 from megalite.train.callback import Callback, StepMetrics
 from megalite.train.evaluate import Evaluation, evaluate
 from megalite.train.interrupt import Stopped, StopRequest
@@ -72,6 +74,7 @@ class Trainer:
         self.gradients = build.make_gradients(config, self.comm, self.stages, self.precision)
         self.pipeline = Pipeline(self.stages, schedule, self.comm, self.gradients, config.train.z_loss)
         self.optimizer = build.make_optimizer(config, self.stages, self.gradients)
+        self.balance = Balance(self.stages, self.comm, config.model)
         self.store = CheckpointStore(self.run_dir / "checkpoints", self.comm, config.checkpoint.keep)
         state_bytes = self.optimizer.state_bytes()
         if config.checkpoint.final or config.checkpoint.every:
@@ -121,19 +124,22 @@ class Trainer:
         tokens = max(valid.item(), 1.0)
 
         self.gradients.zero()
+        self.balance.begin()
         sums = self.pipeline.train(microbatches, tokens)
         self.gradients.finish()
         nll_sum, z_sum, stop = self._agreed(sums, asked_to_stop)
         loss, z_loss = nll_sum / tokens, z_sum / tokens
-        grad_norm = self.gradients.global_norm().item()
+        grad_norm, routed = self.gradients.global_norm().item(), self.balance.measure()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             if 0 < self.config.optim.clip < grad_norm:
                 self.gradients.scale(self.config.optim.clip / grad_norm)
             self.optimizer.step(step)
+            self.balance.update(routed)
         self.step, self.stopping = step, stop
         self._note_skip(finite, loss, grad_norm)
-        return self._measured(loss, z_loss, grad_norm, not finite, time.perf_counter() - started, data_s)
+        metrics = self._measured(loss, z_loss, grad_norm, not finite, time.perf_counter() - started, data_s)
+        return replace(metrics, experts=self.balance.described(routed))
 
     def whole_model(self) -> Transformer | None:
         """The model as one process holds it, on rank 0; None elsewhere. A collective."""

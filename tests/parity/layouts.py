@@ -18,7 +18,7 @@ from megalite_kernels import loss
 
 from megalite.comm import Call, Communicator
 from megalite.config.rules import Job
-from megalite.config.schema import Config, ModelConfig, OptimConfig
+from megalite.config.schema import Config, ModelConfig, MoEConfig, OptimConfig
 from megalite.config.validate import violations
 from megalite.data.batch import Batch
 from megalite.mesh import Mesh
@@ -27,6 +27,7 @@ from megalite.parallel.parameter import declared_parameters, local, placement
 from megalite.pipeline.runtime import Pipeline
 from megalite.precision import PRESETS
 from megalite.train import build
+from megalite.train.balance import Balance
 from megalite.world import join, world_from_environment
 from tests.ranks import run_ranks
 
@@ -51,6 +52,10 @@ class Layout:
     shard_ranks: int = 0
     order: str = "pp,dp,cp,tp"
     overlap: bool = False
+    ep: int = 1
+    etp: int = 1
+    dispatcher: str = "all_to_all"
+    node_ranks: int = 0
 
     @property
     def world(self) -> int:
@@ -78,7 +83,39 @@ MODELS = {
         layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, qkv_bias=True, output_bias=True, attention_sinks=True,
         window=5, window_pattern=2,
     ),
+    "experts": ModelConfig(
+        layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, tied_embeddings=True,
+        moe=MoEConfig(experts=8, top_k=2, ffn=12, aux_loss=0.1, z_loss=0.01, bias_rate=0.01),
+    ),
+    "deepseek": ModelConfig(
+        layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, qk_norm=True,
+        moe=MoEConfig(
+            experts=8, top_k=3, ffn=8, shared_ffn=12, shared_gate=True, dense_layers=1, router="sigmoid", scale=2.5,
+            groups=4, top_groups=2, bias_rate=0.05, aux_loss=0.1, aux_scope="sequence",
+        ),
+    ),
+    "gpt-oss": ModelConfig(
+        layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, activation="swiglu_clamped", qkv_bias=True, output_bias=True,
+        mlp_bias=True, tied_embeddings=True, attention_sinks=True, window=5, window_pattern=2,
+        moe=MoEConfig(
+            experts=4, top_k=2, ffn=16, router_bias=True, aux_loss=0.1, aux_scope="global", jitter=0.05,
+        ),
+    ),
+    "dropping": ModelConfig(
+        layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, tied_embeddings=True,
+        moe=MoEConfig(experts=4, top_k=2, ffn=16, capacity=0.9, aux_loss=0.1, pad=True),
+    ),
+    "expert choice": ModelConfig(
+        layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, tied_embeddings=True,
+        moe=MoEConfig(experts=4, top_k=2, ffn=16, router="expert_choice", z_loss=0.1),
+    ),
+    "sinkhorn": ModelConfig(
+        layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, tied_embeddings=True,
+        moe=MoEConfig(experts=4, top_k=1, ffn=16, router="sinkhorn", capacity=1.1, drop="position"),
+    ),
 }  # fmt: skip
+SPARSE = tuple(name for name, model in MODELS.items() if model.moe.experts)
+"""Models with experts."""
 
 OPTIMIZERS = {
     "sgd": OptimConfig(name="sgd", lr=0.1, momentum=0.9, clip=0.0, schedule="constant"),
@@ -161,21 +198,25 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
     gradients = build.make_gradients(config, comm, stages, precision)
     pipeline = Pipeline(stages, schedule, comm, gradients, config.train.z_loss)
     optimizer = Optimizer(stages, gradients, config.optim, task.steps)
+    balance = Balance(stages, comm, config.model)
     initial = parts(stages, local)
-    losses, norms, first = [], [], {}
+    losses, norms, loads, first = [], [], [], {}
     for step in range(1, task.steps + 1):
         comm.record = calls.append if step == 2 else None
         batch = global_batch(step, task.packed)
         valid = float((batch.targets >= 0).sum())
         gradients.zero()
+        balance.begin()
         sums = pipeline.train(microbatches(batch, comm.mesh, task.micro), valid)
         gradients.finish()
-        norm = gradients.global_norm().item()
+        norm, routed = gradients.global_norm().item(), balance.measure()
+        loads.append(routed.numpy())
         if step == 1:
-            first = parts(stages, gradients.full)
+            first = parts(stages, gradients.full, trained_only=True)
         if 0 < config.optim.clip < norm:
             gradients.scale(config.optim.clip / norm)
         optimizer.step(step)
+        balance.update(routed)
         comm.record = None
         total = sums.sum(0) * (comm.mesh.index("tp") == 0)
         comm.all_reduce(total, "pp", "dp", "cp", "tp")
@@ -185,6 +226,7 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
     return {
         "losses": losses,
         "norms": norms,
+        "loads": loads,
         "initial": initial,
         "gradients": first,
         "weights": parts(stages, local),
@@ -212,11 +254,14 @@ def alone(layout: Layout, task: Task) -> dict[str, Any]:
     return _one_process(replace(task, layers=layers, bucket_mb=Task.bucket_mb, check=False, micro=1, chunk_rows=0))
 
 
-def parts(stages: list[Any], value: Callable[[Any], torch.Tensor]) -> dict[str, tuple[Any, ...]]:
+def parts(
+    stages: list[Any], value: Callable[[Any], torch.Tensor], trained_only: bool = False
+) -> dict[str, tuple[Any, ...]]:
     """name -> (logical shape, offsets, this rank's part as an array, which crosses a pipe as plain bytes)."""
     return {
         name: (declared.shape, placement(parameter).offsets, value(parameter).detach().double().numpy().copy())
         for name, parameter, declared in declared_parameters(stages)
+        if parameter.requires_grad or not trained_only
     }
 
 

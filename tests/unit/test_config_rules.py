@@ -85,8 +85,8 @@ def test_all_violations_come_at_once() -> None:
     lines = caught.value.lines
     assert [line.split("=")[0] for line in lines] == [
         "optim.schedule",
-        "parallel.ep",
         "train.global_batch",
+        "parallel.ep",
         "model.heads",
         "optim.beta1",
     ]

@@ -59,8 +59,6 @@ CASES: list[Case] = [
     ({"pp": 2, "cp": 4}, 3, ["parallel.cp=4", "set smaller axes", "start 8"], [{"pp": 1, "cp": 1, "global_batch": 12}]),
     ({"order": "tp,dp,cp"}, None, ["parallel.order=tp,dp,cp", "pp,dp,cp,tp"], [{"order": "pp,dp,cp,tp"}]),
     ({"order": "tp,tp,pp,cp"}, None, ["parallel.order"], [{"order": "tp, dp, pp, cp"}]),
-    ({"ep": 2}, None, ["parallel.ep=2: not built yet", "legal: 1"], [{"ep": 1}]),
-    ({"etp": 2}, None, ["parallel.etp=2: not built yet", "legal: 1"], [{"etp": 1}]),
     (
         {"global_batch": 10},
         None,
@@ -252,7 +250,7 @@ def test_every_rule_can_fail() -> None:
 def test_two_mistakes_two_lines() -> None:
     lines = violations(changed(tp=4, engine="deepspeed", zero=1, ep=2, schedule="none", global_batch=7), 6)
     keys = [line.split("=")[0] for line in lines]
-    assert keys == ["parallel.tp", "parallel.ep", "parallel.tp", "parallel.tp", "parallel.schedule"]
+    assert keys == ["parallel.tp", "parallel.tp", "parallel.tp", "parallel.ep", "parallel.schedule"]
     assert "batch" not in " ".join(lines), "what is left for dp is not known, so nothing is said about the batch"
 
 

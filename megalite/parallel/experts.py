@@ -1,0 +1,136 @@
+"""Expert parallelism: how tokens reach the ranks that hold their experts, and come back.
+
+The ranks along ep hold different experts, those along etp different parts of the same ones (arXiv:2504.14960); all the
+ep x etp ranks of a group exchange tokens. A dispatcher hands the experts rows with their experts and probabilities, and
+adds up what comes back. Nothing is averaged: every rank's part is a term of a sum.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from megalite_kernels import moe_permute, moe_unpermute
+from torch import Tensor
+
+from megalite.comm import Communicator
+from megalite.parallel.collectives import begin_exchange, exchange, gather_for_parts, scatter_sum
+
+AXES = ("ep", "etp")
+
+
+class Work(NamedTuple):
+    """What the experts of a rank compute: rows [R, D], the experts of each [R, K] (numbered on this rank; -1: none
+    here) and their probabilities [R, K]."""
+
+    rows_RD: Tensor
+    indices_RK: Tensor
+    probs_RK: Tensor
+
+
+Combine = Callable[[Tensor], Tensor]
+"""The experts' sums [R, D] to those of this rank's own tokens [N, D]."""
+
+
+class Dispatcher:
+    """All tokens are on this rank, and so are all experts."""
+
+    def __init__(self, comm: Communicator, experts: int, node_ranks: int = 0) -> None:
+        self.comm, mesh = comm, comm.mesh
+        self.ep, self.etp = mesh.size("ep"), mesh.size("etp")
+        self.each = experts // self.ep
+        self.first = mesh.index("ep") * self.each
+        self.node_ranks = node_ranks or self.ep * self.etp
+
+    def begin(self, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor) -> Callable[[], tuple[Work, Combine]]:
+        """Starts sending this rank's tokens; what it returns waits for those of others. What is computed in between
+        travels beside them."""
+        return lambda: (Work(x_ND, indices_NK, probs_NK), lambda y_ND: y_ND)
+
+    def _local(self, indices: Tensor) -> Tensor:
+        """Experts numbered on this rank; -1: elsewhere, or none."""
+        here = (indices >= self.first) & (indices < self.first + self.each)
+        return torch.where(here, indices - self.first, -1)
+
+    def _wanted(self, indices_NK: Tensor) -> Tensor:
+        """Whether each rank of the group has an expert of a token, [N, ep·etp]."""
+        owner = torch.where(indices_NK < 0, self.ep, indices_NK // self.each)
+        wanted = torch.zeros(len(indices_NK), self.ep + 1, dtype=torch.bool, device=indices_NK.device)
+        return wanted.scatter_(1, owner, True)[:, : self.ep].repeat_interleave(self.etp, dim=1)
+
+
+class AllGather(Dispatcher):
+    """All tokens to all ranks; the sums are scattered. No size depends on the data."""
+
+    def begin(self, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor) -> Callable[[], tuple[Work, Combine]]:
+        rows, probs = (gather_for_parts(x, self.comm, AXES) for x in (x_ND, probs_NK))
+        indices = self._local(self.comm.all_gather(indices_NK.contiguous(), *AXES))
+        return lambda: (Work(rows, indices, probs), lambda y_RD: scatter_sum(y_RD, self.comm, AXES))
+
+
+class AllToAll(Dispatcher):
+    """A token travels once to each rank that has one of its experts."""
+
+    def begin(self, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor) -> Callable[[], tuple[Work, Combine]]:
+        finish = hop(self.comm, self._wanted(indices_NK), x_ND, indices_NK, probs_NK)
+
+        def arrived() -> tuple[Work, Combine]:
+            rows, indices, probs, back = finish()
+            return Work(rows, self._local(indices), probs), back
+
+        return arrived
+
+
+class ByNode(Dispatcher):
+    """A token travels once to each node that has one of its experts, to the rank there with this rank's place, which
+    hands it on inside the node (as DeepSeek-V3's training does, arXiv:2412.19437 §3.2)."""
+
+    def begin(self, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor) -> Callable[[], tuple[Work, Combine]]:
+        place, size = self.comm.mesh.index(*AXES), self.node_ranks
+        by_node = self._wanted(indices_NK).unflatten(1, (-1, size)).any(-1)
+        across = torch.zeros(len(x_ND), by_node.shape[1], size, dtype=torch.bool, device=x_ND.device)
+        across[:, :, place % size] = by_node
+        finish = hop(self.comm, across.flatten(1), x_ND, indices_NK, probs_NK)
+
+        def arrived() -> tuple[Work, Combine]:
+            rows, indices, probs, back_across = finish()
+            inside = self._wanted(indices)
+            elsewhere = torch.arange(inside.shape[1], device=inside.device) // size != place // size
+            inside = inside.masked_fill(elsewhere, False)
+            rows, indices, probs, back_inside = hop(self.comm, inside, rows, indices, probs)()
+            return Work(rows, self._local(indices), probs), lambda y_RD: back_across(back_inside(y_RD))
+
+        return arrived
+
+
+DISPATCHERS = {"all_to_all": AllToAll, "all_gather": AllGather, "node": ByNode}
+
+
+def make_dispatcher(kind: str, comm: Communicator, experts: int, node_ranks: int = 0) -> Dispatcher:
+    """`kind`: a name of DISPATCHERS; `node_ranks`: ranks of ep x etp on one node, neighbours in the group (0: all)."""
+    alone = comm.mesh.size(*AXES) == 1
+    return (Dispatcher if alone else DISPATCHERS[kind])(comm, experts, node_ranks)
+
+
+Arrived = tuple[Tensor, Tensor, Tensor, Combine]
+
+
+def hop(
+    comm: Communicator, wanted_NR: Tensor, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor
+) -> Callable[[], Arrived]:
+    """Starts sending each row to the ranks of ep x etp that want it; then (rows, indices, probs) of the rows that came,
+    by sender, and the way back, which sums what the ranks return of a row, in the order of ranks."""
+    ranks = wanted_NR.shape[1]
+    receive_R = comm.all_to_all(wanted_NR.sum(0), *AXES)
+    send, receive = wanted_NR.sum(0).tolist(), receive_R.tolist()
+    to_NR = torch.where(wanted_NR, torch.arange(ranks, device=wanted_NR.device), -1)
+    rows, _, inverse = moe_permute(x_ND, to_NR, ranks, rows=sum(send))
+    probs, _, _ = moe_permute(probs_NK, to_NR, ranks, rows=sum(send))
+    indices = indices_NK[wanted_NR.t().nonzero()[:, 1]]
+    _, came = begin_exchange(rows, comm, AXES, send, receive)
+    came_probs = exchange(probs, comm, AXES, send, receive)
+    came_indices = comm.all_to_all(indices, *AXES, send=send, receive=receive)
+
+    def back(y_RD: Tensor) -> Tensor:
+        return moe_unpermute(exchange(y_RD, comm, AXES, receive, send), inverse)
+
+    return lambda: (came(), came_indices, came_probs, back)
