@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.parity.layouts import BOUNDS, MODELS, Layout, Task, all_layouts, alone, errors, legal, trained
+from tests.parity.layouts import BOUNDS, DENSE, Layout, Task, all_layouts, alone, errors, legal, trained
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
@@ -50,7 +50,7 @@ key biases, which softmax ignores) is measured against 1e-6 of the largest tenso
 def cases(world: int) -> Iterator[tuple[Layout, Task]]:
     """Every layout with SGD and, in another order of the ranks and with the loss in chunks, with AdamW on the tied
     model; the other models, one document a row, two rows a microbatch and Muon on some of them."""
-    others = [model for model in MODELS if model != "tied"]
+    others = [model for model in DENSE if model != "tied"]
     for number, layout in enumerate(all_layouts(world)):
         yield layout, Task(optim="sgd")
         turned = replace(layout, order=ORDERS[number % len(ORDERS)])

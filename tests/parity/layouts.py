@@ -115,7 +115,8 @@ MODELS = {
     ),
 }  # fmt: skip
 SPARSE = tuple(name for name, model in MODELS.items() if model.moe.experts)
-"""Models with experts."""
+DENSE = tuple(name for name in MODELS if name not in SPARSE)
+"""Models with experts, and without."""
 
 OPTIMIZERS = {
     "sgd": OptimConfig(name="sgd", lr=0.1, momentum=0.9, clip=0.0, schedule="constant"),

@@ -38,6 +38,7 @@ def test_same_as_one_process(model: str, layout: str) -> None:
         assert not wrong(trained(LAYOUTS[layout], task), alone(LAYOUTS[layout], task)), task
 
 
+NO_TOKENS = torch.zeros(0)
 BATCH, LENGTH = 2, 12
 
 
@@ -57,7 +58,7 @@ def compared(config: ModelConfig, layer: int, theirs: Any, rotary: Any, weights:
     x, grad = random(BATCH, LENGTH, config.hidden).requires_grad_(), random(BATCH, LENGTH, config.hidden, seed=1)
     assert model.rope is not None
     rotation = model.rope.at(0, BATCH, LENGTH, None, x.dtype, x.device)
-    out = ours(x, Context(BATCH, rotation, rotation, None, None))
+    out = ours(x, Context(BATCH, NO_TOKENS, rotation, rotation, None, None))
     found = torch.autograd.grad(out, [x, *mine.values()], grad)
     seen = visible(LENGTH, LENGTH, causal=True, window=ours.window)
     mask = torch.zeros(LENGTH, LENGTH, dtype=torch.float64).masked_fill(~seen, -1e300)[None, None]
