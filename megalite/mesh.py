@@ -18,7 +18,7 @@ EXPERT_AXES = ("edp", "ep", "etp")
 REPLICA_AXES = ("copy", "shard")
 USUAL_GROUPS = (
     ("pp",), ("dp",), ("cp",), ("tp",), ("ring",), ("ulysses",), ("dp", "cp"), ("dp", "cp", "tp"), ("cp", "tp"),
-    ("edp",), ("ep",), ("etp",), ("ep", "etp"),
+    ("edp",), ("ep",), ("etp",), ("ep", "etp"), ("edp", "ep", "etp"),
 )  # fmt: skip
 """What the engine communicates over, besides the whole world. Some only layers of a kind use: they are here because a
 stage without such layers would not make them."""

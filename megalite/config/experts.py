@@ -113,15 +113,13 @@ def nodes_divide_the_experts_ranks(job: Job) -> Iterator[str]:
 
 
 @RULES.reads(
-    "model.moe.experts", "optim.name", "parallel.engine", "parallel.shard_ranks", "train.deterministic", "parallel.ep",
+    "model.moe.experts", "parallel.engine", "parallel.shard_ranks", "train.deterministic", "parallel.ep",
     "parallel.etp",
 )  # fmt: skip
 def experts_meet_what_they_can(job: Job) -> Iterator[str]:
     config = job.config
     if config.model.moe.experts == 0:
         return
-    if config.optim.name == "muon":
-        yield "optim.name=muon: not built for experts (model.moe.experts); legal: adamw, sgd"
     if config.parallel.engine == "deepspeed":
         yield "parallel.engine=deepspeed: spreads no experts (model.moe.experts); legal: megalite"
     if config.parallel.shard_ranks:

@@ -53,5 +53,5 @@ class Muon(torch.optim.Optimizer):
             updates |= exchange.orthogonalized(momenta)
         for piece, weight in zip(self.pieces, weights, strict=True):
             weight.mul_(1 - group["lr"] * group["weight_decay"])
-            scale = group["lr"] * 0.2 * max(piece.slot.declared.shape) ** 0.5
+            scale = group["lr"] * 0.2 * max(piece.slot.declared.shape[-2:]) ** 0.5
             weight.add_(updates[piece.slot].view_as(weight), alpha=-scale)

@@ -47,7 +47,7 @@ def rule_for(role: Role, optim: OptimConfig) -> Rule:
     """Matrices decay and may take Muon; embeddings and head may have a rate of their own; norms never decay."""
     embedding_like = role in ("embedding", "head", "position")
     decays = role in ("matrix", "router", "expert") or (embedding_like and optim.decay_embeddings)
-    muon = optim.name == "muon" and role == "matrix"
+    muon = optim.name == "muon" and role in ("matrix", "expert")
     own_rate = optim.embedding_lr is not None and (embedding_like or (optim.name == "muon" and not muon))
     lr = optim.embedding_lr if own_rate and optim.embedding_lr is not None else optim.lr
     return Rule(muon, lr, optim.weight_decay if decays else 0.0)

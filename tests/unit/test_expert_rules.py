@@ -52,7 +52,6 @@ CASES: list[tuple[dict[str, Any], int | None, list[str]]] = [
         2,
         ["parallel.node_ranks=0", "2 ranks of ep x etp", "legal: 1, 2"],
     ),
-    (EIGHT | {"optim__name": "muon"}, None, ["optim.name=muon", "adamw, sgd"]),
     (EIGHT | {"parallel__engine": "deepspeed", "parallel__zero": 1}, None, ["parallel.engine=deepspeed", "megalite"]),
     (EIGHT | {"parallel__zero": 3, "parallel__shard_ranks": 2}, 2, ["parallel.shard_ranks=2", "set 0"]),
     (
