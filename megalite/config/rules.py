@@ -77,6 +77,12 @@ class Job:
         return self.config.model.kv_heads or self.config.model.heads
 
     @property
+    def query_dim(self) -> int:
+        """Size of a head of queries and of keys."""
+        mla = self.config.model.mla
+        return self.head_dim + (mla.rope_dim if mla.kv_rank else 0)
+
+    @property
     def order(self) -> tuple[str, ...]:
         """The mesh axes over the ranks, outermost first."""
         return tuple(axis.strip() for axis in self.config.parallel.order.split(","))

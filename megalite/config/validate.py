@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalite.config import experts, layout, stages
-from megalite.config.rules import Job, Rules, divisors_near
+from megalite.config.rules import Job, Rules, around, divisors_near
 from megalite.config.schema import Config
 from megalite.config.tree import leaves, nearest, value_at
 from megalite.errors import UserError
@@ -73,9 +73,35 @@ def kv_heads_divide_heads(job: Job) -> Iterator[str]:
         yield f"model.kv_heads={model.kv_heads}: does not divide model.heads {model.heads}; nearest: {legal}"
 
 
-@RULES.reads("model.position", "model.rope.fraction", "model.hidden", "model.heads", "model.head_dim")
+@RULES.reads(
+    "model.mla.kv_rank", "model.mla.q_rank", "model.mla.rope_dim", "model.mla.value_dim", "model.heads",
+    "model.kv_heads", "model.qk_norm", "model.qkv_bias", "model.rope.fraction",
+)  # fmt: skip
+def latent_attention_is_whole(job: Job) -> Iterator[str]:
+    model, mla = job.config.model, job.config.model.mla
+    if mla.kv_rank == 0:
+        for name in ("q_rank", "value_dim"):
+            if getattr(mla, name) is not None:
+                yield f"model.mla.{name}={getattr(mla, name)}: has no effect without model.mla.kv_rank; set it, or null"
+        return
+    if mla.rope_dim % 2:
+        yield f"model.mla.rope_dim={mla.rope_dim}: is rotated in pairs; nearest: {around(mla.rope_dim, 2)}"
+    if model.kv_heads not in (None, model.heads):
+        yield f"model.kv_heads={model.kv_heads}: model.mla gives every head keys of its own; null or {model.heads}"
+    for name in ("qk_norm", "qkv_bias"):
+        if getattr(model, name):
+            yield f"model.{name}=true: not with model.mla, whose latents have a norm and no bias; set false"
+    if model.rope.fraction != 1:
+        yield f"model.rope.fraction={model.rope.fraction}: model.mla rotates model.mla.rope_dim dimensions; set 1"
+
+
+@RULES.reads(
+    "model.position", "model.rope.fraction", "model.hidden", "model.heads", "model.head_dim", "model.mla.kv_rank"
+)
 def rotated_dimensions_are_even(job: Job) -> Iterator[str]:
     model = job.config.model
+    if model.mla.kv_rank:
+        return
     if model.position != "rope" or (model.head_dim is None and model.hidden % model.heads):
         return
     if model.rope.fraction > 1:
@@ -211,7 +237,9 @@ def derived(config: Config, world_size: int | None = None) -> dict[str, Any]:
     if model.max_positions is None:
         values["model.max_positions"] = config.data.sequence_length
     if model.attention_scale is None:
-        values["model.attention_scale"] = job.head_dim**-0.5
+        values["model.attention_scale"] = job.query_dim**-0.5
+    if model.mla.kv_rank and model.mla.value_dim is None:
+        values["model.mla.value_dim"] = job.head_dim
     values |= layout.derived(job)
     if optim.schedule == "wsd" and optim.decay_steps == 0:
         values["optim.decay_steps"] = config.train.steps // 5

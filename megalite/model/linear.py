@@ -15,17 +15,17 @@ class Linear(nn.Module):
 
     `split`: the mesh axis tp divides the outputs (rows of the weight, and the bias) or the inputs (its columns). Split
     outputs take x as `TensorParallel.enter` gives it and return this rank's outputs; split inputs take this rank's
-    inputs and return to the residual stream.
+    inputs and return to the residual stream. None: every rank has the whole weight, for its tokens of that stream.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, *, split: Literal["outputs", "inputs"], std: float, bias: bool
+        self, inputs: int, outputs: int, *, split: Literal["outputs", "inputs"] | None, std: float, bias: bool
     ) -> None:
         super().__init__()
-        rows = split == "outputs"
-        self.weight = declare(outputs, inputs, role="matrix", std=std, shard={"tp": 0 if rows else 1})
-        self.bias = declare(outputs, role="bias", shard={"tp": 0} if rows else None) if bias else None
-        self.returns = not rows
+        shard = None if split is None else {"tp": 0 if split == "outputs" else 1}
+        self.weight = declare(outputs, inputs, role="matrix", std=std, shard=shard)
+        self.bias = declare(outputs, role="bias", shard={"tp": 0} if split == "outputs" else None) if bias else None
+        self.returns = split == "inputs"
         self.tp: TensorParallel = ALONE
         self.deferred: DeferredWeights | None = None  # the weight's gradient may be asked for later
 

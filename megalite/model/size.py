@@ -27,11 +27,23 @@ def head_dim(config: ModelConfig) -> int:
 
 def query_dim(config: ModelConfig) -> int:
     """Size of a head of queries and of keys."""
-    return head_dim(config)
+    return head_dim(config) + (config.mla.rope_dim if latent(config) else 0)
+
+
+def value_dim(config: ModelConfig) -> int:
+    """Size of a head of values, and of what attention returns."""
+    return config.mla.value_dim or head_dim(config) if latent(config) else head_dim(config)
+
+
+def latent(config: ModelConfig) -> bool:
+    """Whether keys and values come from a latent (model.mla)."""
+    return config.mla.kv_rank > 0
 
 
 def rotary_dim(config: ModelConfig) -> int:
     """Dimensions of a head that RoPE rotates (even)."""
+    if latent(config):
+        return config.mla.rope_dim
     rotated = int(head_dim(config) * config.rope.fraction)
     if config.position == "rope" and (rotated % 2 or rotated > head_dim(config)):
         raise UserError(
@@ -89,23 +101,20 @@ class ParameterCounts:
 def parameter_counts(config: ModelConfig, vocab: int, max_positions: int = 0) -> ParameterCounts:
     """Exact counts of the Transformer that this config builds. `max_positions` matters for learned positions only
     (default: model.max_positions)."""
-    hidden, ffn, dim = config.hidden, config.ffn, head_dim(config)
-    query_rows, kv_rows = config.heads * dim, kv_heads(config) * dim
+    hidden, ffn = config.hidden, config.ffn
+    of_attention = _attention_counts(config)
     ups = 2 if gated(config) else 1
     norms_a_block = 4 if config.norm_place == "sandwich" else 2
     norm_size = 2 if config.norm == "layernorm" else 1
     moe, sparse = config.moe, moe_layers(config)
-    matrices = config.layers * (2 * query_rows + 2 * kv_rows) * hidden
-    matrices += (config.layers - sparse) * (ups + 1) * ffn * hidden
+    matrices = config.layers * of_attention[0] + (config.layers - sparse) * (ups + 1) * ffn * hidden
     matrices += sparse * ((ups + 1) * moe.shared_ffn + moe.experts + moe.shared_gate) * hidden
-    attention_biases = config.qkv_bias * (query_rows + 2 * kv_rows) + config.output_bias * hidden
-    biases = config.layers * (attention_biases + config.attention_sinks * config.heads)
-    biases += (config.layers - sparse) * config.mlp_bias * (ups * ffn + hidden)
+    biases = config.layers * of_attention[1] + (config.layers - sparse) * config.mlp_bias * (ups * ffn + hidden)
     each = moe.experts * (ups * expert_ffn(config) + hidden) + (moe.shared_ffn > 0) * (ups * moe.shared_ffn + hidden)
     states = (moe.bias_rate is not None) + (moe.aux_scope == "global" and moe.aux_loss > 0)
     biases += sparse * (config.mlp_bias * each + moe.experts * (moe.router_bias + states))
     expert = (ups + 1) * expert_ffn(config) * hidden
-    block_norms = norms_a_block * norm_size * hidden + config.qk_norm * 2 * dim
+    block_norms = of_attention[2] + norms_a_block * norm_size * hidden
     return ParameterCounts(
         embedding=vocab * hidden,
         positions=(max_positions or config.max_positions or 0) * hidden if config.position == "learned" else 0,
@@ -118,15 +127,30 @@ def parameter_counts(config: ModelConfig, vocab: int, max_positions: int = 0) ->
     )
 
 
+def _attention_counts(config: ModelConfig) -> tuple[int, int, int]:
+    """Parameters of one layer's attention: in matrices, biases (sinks too) and norms."""
+    hidden, dim, mla = config.hidden, head_dim(config), config.mla
+    query_rows, value_rows = config.heads * query_dim(config), config.heads * value_dim(config)
+    biases = config.output_bias * hidden + config.attention_sinks * config.heads
+    if not latent(config):
+        kv_rows = kv_heads(config) * dim
+        biases += config.qkv_bias * (query_rows + 2 * kv_rows)
+        return (2 * query_rows + 2 * kv_rows) * hidden, biases, config.qk_norm * 2 * dim
+    queries = mla.q_rank * (hidden + query_rows) if mla.q_rank else hidden * query_rows
+    downs, ups = (mla.kv_rank + mla.rope_dim) * hidden, mla.kv_rank * (config.heads * dim + value_rows)
+    return queries + downs + ups + value_rows * hidden, biases, mla.kv_rank + (mla.q_rank or 0)
+
+
 def flops_per_token(config: ModelConfig, vocab: int, sequence_length: int) -> int:
     """Model FLOPs of one training token, forward and backward (recompute not counted).
 
     Six for every weight of a matmul that the token meets (the head included, tied or not), and for each layer's causal
-    attention 12 * heads * head_dim for every key a query sees on average: s/2, or w - w²/2s under a window of w < s.
+    attention 6 * heads * (query_dim + value_dim) for every key a query sees on average: s/2, or w - w²/2s under a
+    window of w < s.
     """
     counts = parameter_counts(config, vocab)
     matmuls = counts.matrices + counts.active_experts + vocab * config.hidden
     s = sequence_length
     windows = [min(window or s, s) for window in layer_windows(config)]
     doubled_keys = sum(2 * w * s - w * w for w in windows)  # times s/2: kept whole until the end
-    return 6 * matmuls + 6 * config.heads * head_dim(config) * doubled_keys // s
+    return 6 * matmuls + 3 * config.heads * (query_dim(config) + value_dim(config)) * doubled_keys // s

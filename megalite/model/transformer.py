@@ -1,8 +1,9 @@
 """The decoder-only transformer: embedding, blocks, final norm, and the loss or logits over its vocabulary.
 
-One class spans GPT-2, Llama, Mistral, Qwen and Gemma by ModelConfig alone, and is also one stage of a pipeline: the
-blocks it keeps, with or without the two ends. Build it under `torch.device("meta")`, spread it with `parallelize`, give
-it storage with `megalite.parallel.parameter.materialize`. Dimensions: B batch, S sequence, E hidden, V vocab.
+One class spans GPT-2, Llama, Mistral, Qwen, Gemma and DeepSeek by ModelConfig alone, and is also one stage of a
+pipeline: the blocks it keeps, with or without the two ends. Build it under `torch.device("meta")`, spread it with
+`parallelize`, give it storage with `megalite.parallel.parameter.materialize`. Dimensions: B batch, S sequence,
+E hidden, V vocab.
 """
 
 import copy
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 
 from megalite.config.schema import ModelConfig, RopeConfig
 from megalite.model import recompute
-from megalite.model.attention import Attention, Context
+from megalite.model.attention import Attention, Context, Core
 from megalite.model.cache import KVCache
 from megalite.model.embedding import Embedding, Head, Positions
+from megalite.model.latent_attention import LatentAttention
 from megalite.model.mlp import MLP
 from megalite.model.moe import MoE
 from megalite.model.norm import make_norm
 from megalite.model.rope import RopeTables
-from megalite.model.size import is_moe, rotary_dim
+from megalite.model.size import is_moe, latent, rotary_dim
 from megalite.parallel.context import ContextParallel
 from megalite.parallel.tensor import ALONE, TensorParallel
 
@@ -42,7 +44,7 @@ class Block(nn.Module):
         std = config.init_std / (2 * config.layers) ** 0.5 if config.init_output_scale else config.init_std
         before, after = config.norm_place != "post", config.norm_place != "pre"
         self.attention_norm = make_norm(config) if before else nn.Identity()
-        self.attention = Attention(config, layer, std)
+        self.attention: Core = (LatentAttention if latent(config) else Attention)(config, layer, std)
         self.attention_post_norm = make_norm(config) if after else nn.Identity()
         self.mlp_norm = make_norm(config) if before else nn.Identity()
         self.mlp = MoE(config, layer, std) if is_moe(config, layer) else MLP(config, std, config.ffn)

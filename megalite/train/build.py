@@ -17,7 +17,7 @@ from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.model.experts import Experts
 from megalite.model.parallelize import parallelize
-from megalite.model.size import flops_per_token, head_dim, parameter_counts
+from megalite.model.size import flops_per_token, parameter_counts, query_dim, value_dim
 from megalite.model.transformer import Transformer
 from megalite.optim.optimizer import Optimizer
 from megalite.parallel.data import Gradients
@@ -124,7 +124,7 @@ def backends(config: Config, device: torch.device, dtype: torch.dtype) -> list[s
     """Which kernels this run takes, and why not others. UserError where `train.kernels` cannot do it."""
     model = config.model
     asked = {
-        "dims": (head_dim(model), head_dim(model)),
+        "dims": (query_dim(model), value_dim(model)),
         "softcap": model.attention_softcap is not None,
         "window": model.window is not None,
         "sinks": model.attention_sinks,

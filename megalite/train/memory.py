@@ -14,7 +14,16 @@ import torch
 from megalite_kernels.loss import CHUNK_LOGITS, CHUNK_ROWS, GPU_CHUNK_LOGITS
 
 from megalite.config.schema import Config, ModelConfig
-from megalite.model.size import gated, head_dim, kv_heads, parameter_counts, rotary_dim
+from megalite.model.size import (
+    gated,
+    head_dim,
+    kv_heads,
+    latent,
+    parameter_counts,
+    query_dim,
+    rotary_dim,
+    value_dim,
+)
 
 TRITON_BYTES = 0.073e9 if find_spec("triton") else 0.0
 """PyTorch loads Triton where it is installed."""
@@ -103,26 +112,41 @@ def kept_per_token(model: ModelConfig, size: int, recompute: str, tp: int = 1, s
     hidden, stream = model.hidden, model.hidden / (tp if sp else 1)  # the residual stream is spread with sp only
     if recompute == "full":
         return stream * size
-    heads, key_heads = model.heads / tp, max(1.0, kv_heads(model) / tp)
-    queries, keys = heads * head_dim(model), key_heads * head_dim(model)
+    heads = model.heads / tp
     before, after = model.norm_place != "post", model.norm_place != "pre"
     statistics = 8 if model.norm == "layernorm" else 4
-    # Inputs of query/key/value and MLP; q, k, v and the heads' output.
-    elements: float = 2 * hidden + 2 * queries + 2 * keys
-    elements += 2 * stream * (before + after)  # a norm keeps its input
-    other: float = 2 * statistics * (before + after) + SPANS
-    if model.qk_norm:
-        elements += queries + keys
-        other += 4 * (heads + key_heads)
+    elements, other = (_latent_attention_kept if latent(model) else _attention_kept)(model, tp, tp if sp else 1)
+    elements += hidden + 2 * stream * (before + after)  # the MLP's input; a norm keeps its own
+    other += 2 * statistics * (before + after) + SPANS
     inner: float = _mlp_kept(model) / tp
     attention_statistics: float = 4 * heads
     if model.attention_sinks:  # what the sinks take their share of
-        attention_statistics += 4 * heads + queries * size
+        attention_statistics += heads * (4 + value_dim(model) * size)
     if recompute in ("activation", "selective"):
         inner -= model.ffn / tp
     if recompute == "selective":
         attention_statistics = 0
     return (elements + inner) * size + other + attention_statistics
+
+
+def _attention_kept(model: ModelConfig, tp: int, spread: int) -> tuple[float, float]:
+    """Elements: the input of the projections; q, k, v and the heads' output. Bytes: of the head norms' statistics."""
+    heads, key_heads = model.heads / tp, max(1.0, kv_heads(model) / tp)
+    queries, keys = heads * head_dim(model), key_heads * head_dim(model)
+    elements, statistics = model.hidden + 2 * queries + 2 * keys, 0.0
+    if model.qk_norm:
+        elements, statistics = elements + queries + keys, 4 * (heads + key_heads)
+    return elements, statistics
+
+
+def _latent_attention_kept(model: ModelConfig, tp: int, spread: int) -> tuple[float, float]:
+    """The same: the latents before their norms on this rank's tokens of the residual stream (all, / `spread`), and
+    behind them on all."""
+    mla, each = model.mla, 2 * (query_dim(model) + value_dim(model))
+    elements = (model.hidden + mla.kv_rank) / spread + mla.kv_rank + mla.rope_dim + model.heads / tp * each
+    if mla.q_rank:
+        return elements + mla.q_rank / spread + mla.q_rank, 8 / spread
+    return elements + model.hidden * (spread > 1), 4 / spread
 
 
 def _mlp_kept(model: ModelConfig) -> int:

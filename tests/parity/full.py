@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 WORLDS = (2, 4, 8)
 PROGRESS = 10
-SAMPLED = 8
+SAMPLED = 10
 """One layout of so many also trains each of the other models."""
 ORDERS = ("tp,cp,dp,pp", "dp,pp,cp,tp", "cp,tp,pp,dp", "dp,cp,pp,tp", "pp,tp,dp,cp")
 CHUNK_ROWS = 5

@@ -18,7 +18,7 @@ from megalite_kernels import loss
 
 from megalite.comm import Call, Communicator
 from megalite.config.rules import Job
-from megalite.config.schema import Config, ModelConfig, MoEConfig, OptimConfig
+from megalite.config.schema import Config, MLAConfig, ModelConfig, MoEConfig, OptimConfig
 from megalite.config.validate import violations
 from megalite.data.batch import Batch
 from megalite.mesh import Mesh
@@ -113,6 +113,11 @@ MODELS = {
         layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, tied_embeddings=True,
         moe=MoEConfig(experts=4, top_k=1, ffn=16, router="sinkhorn", capacity=1.1, drop="position"),
     ),
+    "mla": ModelConfig(
+        layers=2, hidden=16, heads=4, head_dim=3, ffn=24,
+        mla=MLAConfig(kv_rank=6, q_rank=10, rope_dim=4, value_dim=5), attention_sinks=True, tied_embeddings=True,
+    ),
+    "mla, queries whole": ModelConfig(layers=2, hidden=16, heads=4, ffn=24, mla=MLAConfig(kv_rank=6, rope_dim=2)),
 }  # fmt: skip
 SPARSE = tuple(name for name, model in MODELS.items() if model.moe.experts)
 DENSE = tuple(name for name in MODELS if name not in SPARSE)

@@ -1,4 +1,4 @@
-"""Attention sinks on the layouts that spread them, against one process in float64; and against transformers."""
+"""Sinks and latent attention: on the layouts that spread them against one process in float64; against transformers."""
 
 from typing import Any
 
@@ -6,11 +6,13 @@ import pytest
 import torch
 import transformers
 from megalite_kernels.reference import visible
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
 from megalite.checkpoint.stored_model import empty_model
-from megalite.config.schema import ModelConfig, RopeConfig
+from megalite.config.schema import MLAConfig, ModelConfig, RopeConfig
 from megalite.model.attention import Context
+from megalite.model.cache import KVCache
 from megalite.parallel.parameter import materialize
 from tests.kernels.support import random
 from tests.parity.layouts import Layout, Task, alone, trained, wrong
@@ -19,6 +21,7 @@ from tests.parity.test_transformers import Double
 LAYOUTS = {
     "tp": Layout(tp=2),
     "tp with sp": Layout(tp=2, sp=True),
+    "overlap": Layout(tp=2, sp=True, overlap=True),
     "ring": Layout(cp=2),
     "ulysses": Layout(cp=2, cp_kind="ulysses"),
     "hybrid": Layout(cp=4, cp_kind="hybrid"),
@@ -32,7 +35,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", ["sinks"])
+@pytest.mark.parametrize("model", ["sinks", "mla", "mla, queries whole"])
 def test_same_as_one_process(model: str, layout: str) -> None:
     for task in (Task(model, steps=2), Task(model, "adamw", steps=2, packed=False, recompute="full")):
         assert not wrong(trained(LAYOUTS[layout], task), alone(LAYOUTS[layout], task)), task
@@ -42,9 +45,11 @@ NO_TOKENS = torch.zeros(0)
 BATCH, LENGTH = 2, 12
 
 
-def compared(config: ModelConfig, layer: int, theirs: Any, rotary: Any, weights: dict[str, str]) -> None:
+def compared(
+    config: ModelConfig, layer: int, theirs: Any, rotary: Any, weights: dict[str, str], cached: bool = False
+) -> None:
     """The attention of a layer and a module of transformers given our `weights`, {ours: theirs}: output and every
-    gradient, relative to the largest value."""
+    gradient, relative to the largest value. `cached`: ours as when it generates."""
     model = empty_model(config, 8, LENGTH)
     materialize(model, torch.device("cpu"), 0, torch.float64)
     ours = model.blocks[str(layer)].attention
@@ -58,7 +63,8 @@ def compared(config: ModelConfig, layer: int, theirs: Any, rotary: Any, weights:
     x, grad = random(BATCH, LENGTH, config.hidden).requires_grad_(), random(BATCH, LENGTH, config.hidden, seed=1)
     assert model.rope is not None
     rotation = model.rope.at(0, BATCH, LENGTH, None, x.dtype, x.device)
-    out = ours(x, Context(BATCH, NO_TOKENS, rotation, rotation, None, None))
+    cache = KVCache(config, BATCH, LENGTH, dtype=torch.float64) if cached else None
+    out = ours(x, Context(BATCH, NO_TOKENS, rotation, rotation, None, cache))
     found = torch.autograd.grad(out, [x, *mine.values()], grad)
     seen = visible(LENGTH, LENGTH, causal=True, window=ours.window)
     mask = torch.zeros(LENGTH, LENGTH, dtype=torch.float64).masked_fill(~seen, -1e300)[None, None]
@@ -91,3 +97,24 @@ def test_sinks_as_in_gpt_oss(layer: int) -> None:
     with Double():
         module, rotary = gpt_oss.GptOssAttention(theirs, layer).double(), gpt_oss.GptOssRotaryEmbedding(theirs)
     compared(ours, layer, module, rotary, weights)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("q_rank", [None, 20])
+def test_latents_as_in_deepseek(q_rank: int | None, cached: bool) -> None:
+    theirs = transformers.DeepseekV3Config(
+        hidden_size=24, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=q_rank, kv_lora_rank=12,
+        qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, rope_interleave=False, attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )  # fmt: skip
+    ours = ModelConfig(
+        layers=1, hidden=24, heads=4, head_dim=6, ffn=8, norm_eps=1e-6, rope=RopeConfig(100.0), init_std=0.2,
+        mla=MLAConfig(kv_rank=12, q_rank=q_rank, rope_dim=4, value_dim=5),
+    )  # fmt: skip
+    queries = {"query_down": "q_a_proj", "query_latent_norm": "q_a_layernorm", "query_up": "q_b_proj"}
+    names = queries if q_rank else {"query": "q_proj"}
+    names |= {"key_value_down": "kv_a_proj_with_mqa", "key_value_norm": "kv_a_layernorm", "key_value_up": "kv_b_proj"}
+    weights = {f"{mine}.weight": f"{his}.weight" for mine, his in (names | {"output": "o_proj"}).items()}
+    with Double():
+        module, rotary = deepseek.DeepseekV3Attention(theirs, 0).double(), deepseek.DeepseekV3RotaryEmbedding(theirs)
+    compared(ours, 0, module, rotary, weights, cached)

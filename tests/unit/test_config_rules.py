@@ -14,6 +14,8 @@ from megalite.config.tree import leaves
 from megalite.config.validate import RULES, derived, violations
 from megalite.errors import UserError
 
+MLA = {"model__mla__kv_rank": 16}
+
 
 def changed(**values: Any) -> Config:
     """The default configuration with keys set: train__steps=5."""
@@ -41,6 +43,14 @@ def test_the_default_configuration_is_valid() -> None:
         ({"model__rope__fraction": 1.5}, None, ["model.rope.fraction=1.5", "at most 1"]),
         ({"model__rope__fraction": 0.0}, None, ["rotates 0 of 64", "0.03125"]),
         ({"model__head_dim": 1}, None, ["rotates 1 of 1", "make the head larger"]),
+        ({"model__mla__q_rank": 8}, None, ["model.mla.q_rank=8: has no effect without model.mla.kv_rank"]),
+        ({"model__mla__value_dim": 8}, None, ["model.mla.value_dim=8: has no effect"]),
+        ({**MLA, "model__mla__rope_dim": 5}, None, ["model.mla.rope_dim=5", "nearest: 4 or 6"]),
+        ({**MLA, "model__kv_heads": 3}, None, ["model.kv_heads=3", "null or 6"]),
+        ({**MLA, "model__qk_norm": True}, None, ["model.qk_norm=true: not with model.mla"]),
+        ({**MLA, "model__qkv_bias": True}, None, ["model.qkv_bias=true: not with model.mla"]),
+        ({**MLA, "model__rope__fraction": 0.5}, None, ["model.rope.fraction=0.5", "set 1"]),
+        ({**MLA, "parallel__tp": 4}, 4, ["parallel.tp=4: does not divide model.heads 6"]),
         ({"model__rope__factor": 2.0}, None, ["model.rope.factor=2.0: has no effect"]),
         ({"model__rope__scaling": "yarn", "model__rope__beta_fast": 1.0}, None, ["beta_fast=1.0", "32 and 1"]),
         ({"model__rope__scaling": "llama3", "model__rope__high_freq_factor": 1.0}, None, ["high_freq_factor=1.0"]),

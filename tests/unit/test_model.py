@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.stored_model import empty_model
-from megalite.config.schema import ModelConfig, RecomputeConfig, RopeConfig
+from megalite.config.schema import MLAConfig, ModelConfig, RecomputeConfig, RopeConfig
 from megalite.model.cache import KVCache
 from megalite.model.parallelize import apply_compile, apply_recompute
 from megalite.model.transformer import Transformer, document_positions
@@ -43,7 +43,10 @@ GEMMA = dataclasses.replace(
 )
 OTHER = dataclasses.replace(SMALL, norm_place="post", activation="relu2", rope=RopeConfig(fraction=0.5))
 SINKS = dataclasses.replace(SMALL, window=5, window_pattern=2, attention_sinks=True)
-CONFIGS = {"llama": SMALL, "gpt2": GPT2, "gemma": GEMMA, "other": OTHER, "sinks": SINKS}
+MLA = dataclasses.replace(
+    SMALL, kv_heads=None, head_dim=6, mla=MLAConfig(kv_rank=12, q_rank=20, rope_dim=4, value_dim=9)
+)
+CONFIGS = {"llama": SMALL, "gpt2": GPT2, "gemma": GEMMA, "other": OTHER, "sinks": SINKS, "mla": MLA}
 
 
 def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:

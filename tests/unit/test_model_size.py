@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalite.checkpoint.stored_model import empty_model, parameter_shapes
 from megalite.config.build import build
-from megalite.config.schema import ModelConfig
+from megalite.config.schema import MLAConfig, ModelConfig
 from megalite.errors import UserError
-from megalite.model.size import flops_per_token, head_dim, kv_heads, layer_windows, parameter_counts, rotary_dim
+from megalite.model.size import (
+    flops_per_token,
+    head_dim,
+    kv_heads,
+    layer_windows,
+    parameter_counts,
+    query_dim,
+    rotary_dim,
+    value_dim,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 PUBLISHED = {  # of the folders on the Hugging Face hub
@@ -88,11 +98,27 @@ def test_counts_by_role() -> None:
     assert counts.matrices == 2 * (4 * 64 + 3 * 96)
 
 
-@pytest.mark.parametrize(("window", "pattern"), [(None, 1), (8, 1), (8, 2)])
-def test_flops_formula_against_a_counter(window: int | None, pattern: int) -> None:
+LATENT = MLAConfig(kv_rank=12, q_rank=20, rope_dim=4, value_dim=6)
+FORMS = {
+    "sinks": {"attention_sinks": True, "qkv_bias": True},
+    "latent": {"kv_heads": None, "mla": LATENT, "output_bias": True},
+    "latent, queries whole": {"kv_heads": None, "head_dim": 10, "mla": MLAConfig(kv_rank=12), "attention_sinks": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_attention_has_as_many_parameters_as_counted(form: str) -> None:
+    config = ModelConfig(**{"layers": 3, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48} | FORMS[form])
+    held = sum(torch.Size(shape).numel() for shape in parameter_shapes(config, 10, 6).values())
+    assert held == parameter_counts(config, vocab=10, max_positions=6).total
+
+
+@pytest.mark.parametrize(("window", "pattern", "mla"), [(None, 1, {}), (8, 1, {}), (8, 2, {}), (8, 2, FORMS["latent"])])
+def test_flops_formula_against_a_counter(window: int | None, pattern: int, mla: dict[str, Any]) -> None:
     """torch's counter sees every weight matmul and, in the reference attention, every pair of positions; of those
     only the visible ones count, a query's pair with itself by half."""
-    config = ModelConfig(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, window=window, window_pattern=pattern)
+    shape: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48} | mla
+    config = ModelConfig(**shape, window=window, window_pattern=pattern)
     s, vocab = 32, 64
     matrices = [shape for name, shape in parameter_shapes(config, vocab, s).items() if len(shape) == 2]
     counted = 0.0
@@ -100,7 +126,8 @@ def test_flops_formula_against_a_counter(window: int | None, pattern: int) -> No
         weight = torch.randn(rows, columns, requires_grad=True)
         counted += flops(lambda x, weight=weight: x @ weight.T, torch.randn(s, columns))
     for layer_window in layer_windows(config):
-        q, k, v = (torch.randn(1, s, heads, head_dim(config)) for heads in (4, 2, 2))
+        keys, dim = kv_heads(config), query_dim(config)
+        q, k, v = (torch.randn(1, s, *of) for of in ((4, dim), (keys, dim), (keys, value_dim(config))))
         pairs = visible(s, s, causal=True, window=layer_window).sum().item() - min(layer_window or s, s) / 2
         every_pair = flops(
             lambda q, k=k, v=v: reference_attention(q, k.requires_grad_(), v.requires_grad_(), scale=1.0), q
