@@ -42,7 +42,9 @@ class Mesh:
     shard_ranks: int = 0
     _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
     _ranks: dict[tuple[str, ...], list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What `ranks` has answered: every send asks."""
+    _sizes: dict[tuple[str, ...], int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _indices: dict[tuple[str, ...], int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What `ranks`, `size` and `index` have answered: every collective asks."""
 
     def __post_init__(self) -> None:
         assert tuple(self.sizes) == AXES, f"axes must be {AXES} in this order, not {tuple(self.sizes)}"
@@ -75,7 +77,9 @@ class Mesh:
         return parts[axis] if axis in parts else self.sizes[axis]
 
     def size(self, *axes: str) -> int:
-        return prod(self._extent(axis) for axis in _parts(axes))
+        if axes not in self._sizes:
+            self._sizes[axes] = prod(self._extent(axis) for axis in _parts(axes))
+        return self._sizes[axes]
 
     def coordinates(self, rank: int | None = None) -> dict[str, int]:
         """Position on every axis of `rank` (default: this process)."""
@@ -112,10 +116,12 @@ class Mesh:
 
     def index(self, *axes: str) -> int:
         """This rank's place inside its group over `axes`, the first axis outermost."""
-        here, place = self.coordinates(), 0
-        for axis in _parts(axes):
-            place = place * self._extent(axis) + here[axis]
-        return place
+        if axes not in self._indices:
+            here, place = self.coordinates(), 0
+            for axis in _parts(axes):
+                place = place * self._extent(axis) + here[axis]
+            self._indices[axes] = place
+        return self._indices[axes]
 
     def ranks(self, *axes: str) -> list[int]:
         """The ranks of this process's group over `axes`: those that differ from it on these axes only."""

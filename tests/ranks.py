@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 
+from megalite.world import World, join, world_from_environment
+from tests.thread_ranks import world_of_thread
+
 CONTEXT = multiprocessing.get_context("fork")
 
 
@@ -158,6 +161,15 @@ def _empty_file(suffix: str) -> str:
     handle, path = tempfile.mkstemp(suffix=suffix)
     os.close(handle)
     return path
+
+
+def joined_world() -> World:
+    """Which rank this is, its process group joined; on `run_threads` too."""
+    world = world_of_thread()
+    if world is None:
+        world = world_from_environment()
+        join(world)
+    return world
 
 
 POOL = Pool()

@@ -28,8 +28,7 @@ from megalite.pipeline.runtime import Pipeline
 from megalite.precision import PRESETS
 from megalite.train import build
 from megalite.train.balance import Balance
-from megalite.world import join, world_from_environment
-from tests.ranks import run_ranks
+from tests.ranks import joined_world, run_ranks
 
 VOCAB, SEQUENCE, SAMPLES = 37, 16, 8
 PATIENCE_S = 120.0
@@ -192,8 +191,7 @@ def microbatches(batch: Batch, mesh: Mesh, micro: int = 1) -> list[Batch]:
 
 def train(layout: Layout, task: Task) -> dict[str, Any]:
     """What this rank ends up with."""
-    world = world_from_environment()
-    join(world)
+    world = joined_world()
     config = configuration(layout, task)
     loss.CHUNK_LOGITS, loss.CHUNK_ROWS = (0, task.chunk_rows) if task.chunk_rows else USUAL_CHUNKS
     calls: list[Call] = []
