@@ -29,6 +29,7 @@ from megalite.precision import PRESETS
 from megalite.train import build
 from megalite.train.balance import Balance
 from tests.ranks import joined_world, run_ranks
+from tests.thread_ranks import run_threads
 
 VOCAB, SEQUENCE, SAMPLES = 37, 16, 8
 PATIENCE_S = 120.0
@@ -240,16 +241,27 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
     }
 
 
-def trained(layout: Layout, task: Task, function: Callable[..., Any] = train, *more: Any) -> list[dict[str, Any]]:
-    """What every rank ends up with. `function`: runs `train` on each rank, maybe otherwise."""
-    ranks = run_ranks(layout.world, function, layout, task, *more, timeout=PATIENCE_S)
+def trained(
+    layout: Layout, task: Task, function: Callable[..., Any] = train, *more: Any, threads: bool = False
+) -> list[dict[str, Any]]:
+    """What every rank ends up with. `function`: runs `train` on each rank, maybe otherwise. `threads`: ranks are not
+    gloo processes but threads of this one; such a function must change nothing that they share."""
+    arguments = (layout.world, function, layout, task, *more)
+    ranks = _trained_on_threads(*arguments) if threads else run_ranks(*arguments, timeout=PATIENCE_S)
     assert all(rank["log"] == rank["row"] for rank in ranks), f"{layout}: what ran is not what the schedule says"
     return ranks
 
 
+def _trained_on_threads(*arguments: Any) -> list[dict[str, Any]]:
+    try:
+        return run_threads(*arguments)
+    finally:
+        loss.CHUNK_LOGITS, loss.CHUNK_ROWS = USUAL_CHUNKS
+
+
 @cache
 def _one_process(task: Task) -> dict[str, Any]:
-    return trained(Layout(), task)[0]
+    return trained(Layout(), task, threads=True)[0]
 
 
 def alone(layout: Layout, task: Task) -> dict[str, Any]:
