@@ -40,7 +40,7 @@ bench: $(SETUP)
 
 # Every layout of 2, 4 and 8 ranks, and docs/parity.md; goes on where it stopped. ARGS="--world 8 --slice 1/4"
 parity: $(SETUP)
-	$(BIN)/python -m tests.parity.full $(ARGS)
+	$(BIN)/python -m tests.parity.full --jobs $(JOBS) $(ARGS)
 
 # Every kernel interpreted and compiled for every chip, and docs/kernels.md; on a machine with a GPU: ARGS="--device cuda"
 kernels: $(SETUP)
