@@ -14,7 +14,7 @@ from megalite.config.build import build
 from megalite.config.schema import ModelConfig, key
 from megalite.errors import UserError
 from megalite.model.transformer import Transformer
-from megalite.parallel.parameter import declaration
+from megalite.parallel.parameter import attach, declaration, dtype_of, placement
 
 DESCRIPTION = "model.yaml"
 
@@ -52,10 +52,10 @@ def load_model(
     for owner_name, owner in model.named_modules():
         for name, parameter in list(owner._parameters.items()):
             if parameter is not None:
-                tensor = stored.tensor(f"{owner_name}.{name}").to(device, dtype or stored.dtype).contiguous()
-                loaded = torch.nn.Parameter(tensor)
-                loaded.declaration = declaration(parameter)  # type: ignore[attr-defined]
-                owner._parameters[name] = loaded
+                declared = declaration(parameter)
+                wanted = dtype_of(declared, dtype or stored.dtype)
+                tensor = stored.tensor(f"{owner_name}.{name}").to(device, wanted).contiguous()
+                owner._parameters[name] = attach(tensor, declared, placement(parameter))
     return model, stored
 
 
@@ -81,7 +81,7 @@ def _open_native(folder: Path) -> StoredModel:
     special_tokens = values.pop("special_tokens", None) or {}
     described = build(Description, values)
     tensors = TensorFolder(folder)
-    refuse_impossible(described.model, described.vocab, described.max_positions, len(tensors), path)
+    refuse_impossible(described.model, described.vocab, described.max_positions, tensors, path)
     stored = StoredModel(
         config=described.model,
         vocab=described.vocab,

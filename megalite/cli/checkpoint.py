@@ -3,11 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megalite.config.options import HelpRequested, parse_options, required
 from megalite.config.schema import key
 from megalite.config.tree import nearest
 from megalite.errors import UserError
+
+if TYPE_CHECKING:
+    from megalite.checkpoint.stored_model import StoredModel
 
 
 @dataclass(kw_only=True)
@@ -56,7 +60,7 @@ def import_model(arguments: Sequence[str]) -> int:
 
     model = open_huggingface(Path(options.source))
     save_model(model, Path(options.output), int(options.shard_gb * 1e9))
-    return _say(model.config.family, options.output)
+    return _say(model, options.output)
 
 
 def export_model(arguments: Sequence[str]) -> int:
@@ -67,11 +71,11 @@ def export_model(arguments: Sequence[str]) -> int:
 
     model = open_model(options.checkpoint)
     export_huggingface(model, Path(options.output), int(options.shard_gb * 1e9))
-    return _say(model.config.family, options.output)
+    return _say(model, options.output)
 
 
-def _say(family: str, output: str) -> int:
-    print(f"{output}: written ({family})")
+def _say(model: "StoredModel", output: str) -> int:
+    print("; ".join([f"{output}: written ({model.config.family})", *model.notes]))
     return 0
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from megalite.checkpoint.huggingface.folder import export_huggingface
 from megalite.checkpoint.model_folder import load_model, save_model
-from megalite.config.schema import ModelConfig, RopeConfig
+from megalite.config.schema import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from megalite.errors import UserError
 from tests.unit.test_model_folders import TINY, stored
 
@@ -30,6 +30,24 @@ GPT2 = ModelConfig(
     family="gpt2", layers=1, hidden=16, heads=2, ffn=24, position="learned", norm="layernorm", activation="gelu_tanh",
     qkv_bias=True, output_bias=True, mlp_bias=True, tied_embeddings=True,
 )  # fmt: skip
+EXPERTS = MoEConfig(experts=4, ffn=8)
+MIXTRAL = dataclasses.replace(TINY, family="mixtral", moe=EXPERTS)
+QWEN3_MOE = dataclasses.replace(
+    TINY, family="qwen3_moe", qk_norm=True, moe=dataclasses.replace(EXPERTS, dense_layers=1)
+)  # fmt: skip
+GPT_OSS = dataclasses.replace(
+    TINY, family="gpt_oss", qkv_bias=True, output_bias=True, mlp_bias=True, attention_sinks=True, window=4,
+    window_pattern=2, activation="swiglu_clamped", moe=dataclasses.replace(EXPERTS, router_bias=True),
+    rope=RopeConfig(scaling="yarn", factor=4.0, truncate=False),
+)  # fmt: skip
+DEEPSEEK = dataclasses.replace(
+    TINY, family="deepseek_v3", norm_eps=1e-6, mla=MLAConfig(kv_rank=8, q_rank=6, rope_dim=4),
+    attention_scale=0.4, rope=RopeConfig(scaling="yarn", factor=4.0, attention_factor=1.0),
+    moe=dataclasses.replace(
+        EXPERTS, router="sigmoid", bias_rate=0.001, shared_ffn=16, groups=2, top_groups=1, dense_layers=1, scale=2.5
+    ),
+)  # fmt: skip
+WITH_EXPERTS = {"mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE, "gpt_oss": GPT_OSS, "deepseek_v3": DEEPSEEK}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +57,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     export_huggingface(stored(GEMMA3, base), base / "gemma3")
     export_huggingface(stored(GPT2, base), base / "gpt2")
     save_model(stored(TINY, base), base / "native")
+    for name, config in WITH_EXPERTS.items():
+        export_huggingface(stored(config, base), base / name)
     return sorted(base.iterdir())
 
 
@@ -61,7 +81,7 @@ def damage(folder: Path, chance: random.Random) -> None:
 
 def test_damaged_folders_load_or_explain(folders: list[Path], tmp_path: Path) -> None:
     refused = 0
-    for seed in range(250):
+    for seed in range(500):
         chance = random.Random(seed)
         copy = tmp_path / "copy"
         shutil.copytree(chance.choice(folders), copy)
@@ -73,4 +93,4 @@ def test_damaged_folders_load_or_explain(folders: list[Path], tmp_path: Path) ->
         except UserError:
             refused += 1
         shutil.rmtree(copy)
-    assert 50 < refused < 250
+    assert 100 < refused < 500

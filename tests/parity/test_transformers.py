@@ -99,9 +99,10 @@ def build(kind: str, values: dict[str, Any]) -> Any:
     architecture = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}.get(kind, f"{kind}ForCausalLM")
     with Double():
         config = getattr(transformers, f"{kind}Config")(**values)
-        config._attn_implementation = "eager"
+        config._attn_implementation = config._experts_implementation = "eager"
         model = getattr(transformers, architecture)(config)
-    for parameter in model.parameters():
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    for parameter in [*model.parameters(), *biases]:
         torch.nn.init.normal_(parameter, 0.0 if parameter.dim() > 1 else 0.5, 0.2)
     return model.eval()
 
@@ -148,10 +149,10 @@ def test_logits_and_gradients(folder: tuple[Any, Path]) -> None:
     losses.nll_sum.backward()
     assert relative(ours.logits(ours(inputs)), logits) <= 1e-10
     wanted = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    for rule in rules_for(stored.config.family, stored.config.layers, gradients):
-        gradient = torch.cat([gradients.pop(name) for name in rule.ours])
-        assert relative(gradient.T if rule.transposed else gradient, wanted.pop(rule.theirs)) <= 1e-9, rule.theirs
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    for rule in rules_for(stored.config, gradients, -1):
+        gradient = rule.join([gradients.pop(name) for name in rule.ours])
+        assert relative(gradient, wanted.pop(rule.theirs)) <= 1e-9, rule.theirs
     assert not gradients and not wanted
 
 
@@ -172,7 +173,7 @@ def test_folders_and_greedy_tokens(folder: tuple[Any, Path], tmp_path: Path) -> 
     prompt = tokens()[:, :9]
     with Double(), torch.no_grad():
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "exported", dtype=torch.float64, attn_implementation="eager"
+            tmp_path / "exported", dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
         )
         assert torch.equal(loaded(input_ids=tokens()).logits, theirs(input_ids=tokens()).logits)
         wanted = loaded.generate(prompt, max_new_tokens=10, do_sample=False, attention_mask=torch.ones_like(prompt))
@@ -208,4 +209,5 @@ def test_presets_have_as_many_parameters_in_transformers(preset: str, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(document))
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
-    assert sum(parameter.numel() for parameter in theirs.parameters()) == parameter_counts(config, vocab).total
+    held = [*theirs.parameters(), *(bias for name, bias in theirs.named_buffers() if name.endswith("correction_bias"))]
+    assert sum(parameter.numel() for parameter in held) == parameter_counts(config, vocab).total

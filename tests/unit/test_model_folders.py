@@ -17,7 +17,7 @@ from megalite.checkpoint.model_folder import load_model, open_model, save_model
 from megalite.checkpoint.stored_model import StoredModel, empty_model
 from megalite.checkpoint.tensor_folder import INDEX, SINGLE, TensorFolder
 from megalite.cli import main
-from megalite.config.schema import ModelConfig, RopeConfig
+from megalite.config.schema import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from megalite.errors import UserError
 from megalite.parallel.parameter import materialize
 
@@ -195,6 +195,19 @@ def test_shards_respect_their_size(source: Path) -> None:
         ({"family": "gemma", "embedding_scale": 2.0}, "model.embedding_scale=2.0: a gemma folder can only hold 4.0"),
         ({"family": "qwen3"}, "model.qk_norm=False: a qwen3 folder can only hold True"),
         ({"family": "mistral", "window": 8, "window_pattern": 2}, "model.windows="),
+        ({"moe": MoEConfig(experts=4)}, "model.moe.experts=4: a llama folder can only hold 0"),
+        ({"family": "mixtral"}, "model.moe.experts=0: a mixtral folder holds experts"),
+        ({"family": "mixtral", "moe": MoEConfig(experts=4, scale=2.0)}, "model.moe.scale=2.0: a mixtral folder"),
+        ({"family": "mixtral", "moe": MoEConfig(experts=4, dense_layers=1)}, "model.moe.dense_layers=1"),
+        ({"family": "mixtral", "moe": MoEConfig(experts=4, bias_rate=0.1)}, "model.moe.bias_rate=0.001: a mixtral"),
+        ({"family": "mixtral", "moe": MoEConfig(experts=4, router="sinkhorn")}, "can only hold softmax"),
+        ({"family": "mixtral", "moe": MoEConfig(experts=4, force_balance=True)}, "model.moe.force_balance=True"),
+        ({"family": "gpt_oss", "moe": MoEConfig(experts=4)}, "model.attention_sinks=False: a gpt_oss folder can only"),
+        ({"family": "deepseek_v3", "moe": MoEConfig(experts=4)}, "model.mla.kv_rank=0: a deepseek_v3 folder holds"),
+        (
+            {"family": "deepseek_v3", "mla": MLAConfig(kv_rank=8), "moe": MoEConfig(experts=4, router="sigmoid")},
+            "model.moe.bias_rate=None: a deepseek_v3 folder can only hold 0.001",
+        ),
     ],
 )
 def test_what_a_family_cannot_hold_is_refused(tmp_path: Path, changes: dict[str, Any], line: str) -> None:
@@ -228,6 +241,43 @@ def test_published_spellings_of_config() -> None:
     assert read_config(base | qwen, "x").window is None
     with pytest.raises(UserError, match="layer_types is no repeated pattern"):
         read_config(base | qwen | {"use_sliding_window": True, "max_window_layers": 2}, "x")
+
+
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN3_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 4}
+DEEPSEEK = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 4, "kv_lora_rank": 8}
+DEEPSEEK |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "line"),
+    [
+        ("mixtral", {"num_experts_per_tok": 2}, "has no 'num_local_experts'"),
+        ("mixtral", MIXTRAL | {"num_local_experts": "many"}, "wrong type"),
+        ("qwen3_moe", QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported; supported: 1"),
+        ("qwen3_moe", QWEN3_MOE | {"mlp_only_layers": [2]}, "mlp_only_layers=[2] is not supported; only the first"),
+        ("gpt_oss", MIXTRAL | {"swiglu_limit": 5.0}, "swiglu_limit=5.0 is not supported; supported: 7.0"),
+        ("deepseek_v3", DEEPSEEK | {"scoring_func": "softmax"}, "scoring_func=softmax is not supported"),
+        ("deepseek_v3", DEEPSEEK | {"rope_interleave": False}, "rope_interleave=False is not supported"),
+        ("deepseek_v3", DEEPSEEK | {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05 is not supported; supported: 1e-06"),
+    ],
+)
+def test_experts_that_cannot_be_read(name: str, values: dict[str, Any], line: str) -> None:
+    base = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 4, "num_hidden_layers": 4}
+    with pytest.raises(UserError) as caught:
+        read_config(base | {"num_attention_heads": 2, "model_type": name} | values, "config.json")
+    assert len(caught.value.lines) == 1 and line in str(caught.value)
+
+
+def test_settings_of_training_do_not_hinder_an_export(tmp_path: Path) -> None:
+    """Losses that balance, capacity and jitter; and the load that a global balancing loss remembers is left behind."""
+    moe = MoEConfig(experts=4, aux_loss=0.1, aux_scope="global", z_loss=0.1, jitter=0.1, capacity=1.5, pad=True)
+    model = stored(ModelConfig(family="mixtral", layers=1, hidden=16, heads=2, ffn=24, moe=moe), tmp_path)
+    assert "blocks.0.mlp.router.last_load" in model.shapes()
+    export_huggingface(model, tmp_path / "out")
+    held = open_huggingface(tmp_path / "out")
+    assert held.shapes().keys() == model.shapes().keys() - {"blocks.0.mlp.router.last_load"}
+    assert held.config.moe == MoEConfig(experts=4)
 
 
 def test_gpt2_stacks_and_transposes(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ class Family:
     activation_key: str = "hidden_act"
 
 
+LATENT_NORM_EPS = 1e-6
+"""Of the norms inside DeepSeek-V3's attention, whatever its config.json says of the others."""
 _GEMMA = {"norm_zero_centered": True}
 _GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256}
 _GEMMA_DEFAULTS |= {"max_position_embeddings": 8192, "sliding_window": 4096}
@@ -54,6 +56,38 @@ FAMILIES = {
         model_type="gemma3_text",
         activation_key="hidden_activation",
     ),
+    "mixtral": Family(
+        "MixtralForCausalLM", {}, {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 1e6}
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {"qk_norm": True},
+        {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "sliding_window": 4096, "norm_topk_prob": False},
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        {"attention_sinks": True, "mlp_bias": True, "activation": "swiglu_clamped"},
+        {
+            "attention_bias": True,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+            "head_dim": 64,
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+            "rope_theta": 150000.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        {"norm_eps": LATENT_NORM_EPS},
+        {"rms_norm_eps": LATENT_NORM_EPS, "max_position_embeddings": 4096},
+    ),
 }
 BY_MODEL_TYPE = {entry.model_type or name: name for name, entry in FAMILIES.items()}
 PLAIN_ACTIVATIONS = {"gelu_tanh": ("gelu_new", "gelu_pytorch_tanh"), "gelu": ("gelu",), "relu2": ("relu2",)}
@@ -62,8 +96,13 @@ GATED_ACTIVATIONS = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of config.json that are the tokenizer's, kept beside the model."""
 WITH_SOFTCAPS = ("gemma2", "gemma3")
-ONE_KIND_OF_LAYER = ("gpt2", "llama", "gemma")
+ONE_KIND_OF_LAYER = ("gpt2", "llama", "gemma", "deepseek_v3")
 """Families without sliding windows."""
+ONE_WINDOW = ("mistral", "mixtral", "qwen3_moe")
+"""Families whose layers all have the window, if any."""
+WITH_ATTENTION_BIAS = ("llama", "qwen3", "gemma", "gemma2", "gemma3", "qwen3_moe", "gpt_oss")
+"""Families whose attention_bias is a choice."""
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 
 
 def ntk_theta(theta: float, factor: float, rotated: int) -> float:

@@ -1,17 +1,20 @@
 """Hugging Face folders (config.json and safetensors) read as StoredModel and written from one. No transformers here."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megalite.checkpoint.huggingface.families import SPECIAL_TOKENS
-from megalite.checkpoint.huggingface.names import IGNORED, PREFIXES, Rule, rules_for
+from megalite.checkpoint.huggingface.names import IGNORED, PREFIXES, TABLES, rules_for
+from megalite.checkpoint.huggingface.quantized import Dequantized
 from megalite.checkpoint.huggingface.read import read_config
+from megalite.checkpoint.huggingface.rule import Rule, Shape
 from megalite.checkpoint.huggingface.write import write_config
 from megalite.checkpoint.stored_model import StoredModel, parameter_shapes, refuse_impossible
 from megalite.checkpoint.tensor_folder import SHARD_BYTES, TensorFolder, new_folder, read_json, safe_file, write_tensors
@@ -29,7 +32,9 @@ COMPANIONS = (
     "chat_template.jinja",
 )
 """Files that travel with a model unchanged."""
-Shapes = Mapping[str, tuple[int, ...]]
+OF_TRAINING = (".router.last_load",)
+"""Endings of states that only a training uses."""
+Shapes = Mapping[str, Shape]
 
 
 def open_huggingface(folder: Path) -> StoredModel:
@@ -37,19 +42,25 @@ def open_huggingface(folder: Path) -> StoredModel:
     document = read_json(safe_file(folder, "config.json"))
     config = read_config(document, str(folder / "config.json"))
     assert config.vocab is not None and config.max_positions is not None
-    stored = TensorFolder(folder)
-    refuse_impossible(config, config.vocab, config.max_positions, len(stored), folder / "config.json")
+    raw = TensorFolder(folder)
+    refuse_impossible(config, config.vocab, config.max_positions, raw, folder / "config.json")
+    stored = Dequantized(raw, document.get("quantization_config"))
     shapes = parameter_shapes(config, config.vocab, config.max_positions)
-    rules = rules_for(config.family, config.layers, shapes)
-    _check(folder, rules, shapes, stored, PREFIXES[config.family])
-    places = {name: (rule, position) for rule in rules for position, name in enumerate(rule.ours)}
+    prefix = PREFIXES[config.family]
+    forms = (rules_for(config, shapes, form) for form in range(len(TABLES[config.family])))
+    rules = min(forms, key=lambda rules: sum(stored_name(rule.theirs, stored, prefix) not in stored for rule in rules))
+    _check(folder, rules, shapes, stored, prefix)
+    places: dict[str, list[tuple[Rule, int]]] = {}
+    for rule in rules:
+        for position, name in enumerate(rule.ours):
+            places.setdefault(name, []).append((rule, position))
 
     def tensor(name: str) -> Tensor:
-        rule, position = places[name]
-        whole = stored[stored_name(rule.theirs, stored, PREFIXES[config.family])]
-        whole = whole.T if rule.transposed else whole
-        start = sum(shapes[before][0] for before in rule.ours[:position])
-        return whole[start : start + shapes[name][0]]
+        parts = [
+            rule.split(stored[stored_name(rule.theirs, stored, prefix)], [shapes[ours] for ours in rule.ours])[position]
+            for rule, position in places[name]
+        ]
+        return parts[0] if places[name][0][0].expert is None else torch.stack(parts)
 
     return StoredModel(
         config=config,
@@ -59,6 +70,7 @@ def open_huggingface(folder: Path) -> StoredModel:
         tensor=tensor,
         folder=folder,
         special_tokens={key: document[key] for key in SPECIAL_TOKENS if document.get(key) is not None},
+        notes=stored.notes,
     )
 
 
@@ -66,21 +78,19 @@ def export_huggingface(model: StoredModel, output: Path, shard_bytes: int = SHAR
     """Write `model` as a folder that transformers loads; tensors keep their dtype. The folder appears whole or not."""
     document = write_config(model.config, model.vocab, model.max_positions)
     shapes = model.shapes()
-    rules = {rule.theirs: rule for rule in rules_for(model.config.family, model.config.layers, shapes)}
+    rules = {rule.theirs: rule for rule in rules_for(model.config, shapes)}
     document |= dict.fromkeys(SPECIAL_TOKENS) | dict(model.special_tokens)
     document |= {"torch_dtype": str(model.dtype).removeprefix("torch."), "use_cache": True}
     unwritten = set(shapes) - {name for rule in rules.values() for name in rule.ours}
-    assert not unwritten, f"no Hugging Face name for {unwritten}"
+    assert all(name.endswith(OF_TRAINING) for name in unwritten), f"no Hugging Face name for {unwritten}"
     sizes = {
-        theirs: sum(torch.Size(shapes[name]).numel() for name in rule.ours) * model.dtype.itemsize
+        theirs: math.prod(rule.shape([shapes[name] for name in rule.ours])) * model.dtype.itemsize
         for theirs, rule in rules.items()
     }
+    read = lru_cache(maxsize=2)(model.tensor)  # the rules of an expert come one after another
 
     def tensor(theirs: str) -> Tensor:
-        rule = rules[theirs]
-        parts = [model.tensor(name) for name in rule.ours]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole.T if rule.transposed else whole
+        return rules[theirs].join([read(name) for name in rules[theirs].ours])
 
     with new_folder(output) as folder:
         (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -100,16 +110,14 @@ def stored_name(theirs: str, stored: Iterable[str], prefix: str) -> str:
     return short if theirs not in stored and short in stored else theirs
 
 
-def _check(folder: Path, rules: list[Rule], shapes: Shapes, stored: TensorFolder, prefix: str) -> None:
+def _check(folder: Path, rules: list[Rule], shapes: Shapes, stored: Dequantized, prefix: str) -> None:
     """Every tensor that the rules ask for is there in its shape, and nothing else."""
     missing, misshaped = [], []
     expected = set()
     for rule in rules:
         name = stored_name(rule.theirs, stored, prefix)
         expected.add(name)
-        rows = sum(shapes[ours][0] for ours in rule.ours)
-        wanted: Any = (rows, *shapes[rule.ours[0]][1:])
-        wanted = wanted[::-1] if rule.transposed else wanted
+        wanted = rule.shape([shapes[ours] for ours in rule.ours])
         if name not in stored:
             missing.append(name)
         elif stored.shapes[name] != wanted:
@@ -126,7 +134,7 @@ def _check(folder: Path, rules: list[Rule], shapes: Shapes, stored: TensorFolder
         raise UserError(f"{folder}: tensors do not fit its config.json: {'; '.join(problems)}; fetch the folder again")
 
 
-def _equal(stored: TensorFolder, head: str, rules: list[Rule], prefix: str) -> bool:
+def _equal(stored: Dequantized, head: str, rules: list[Rule], prefix: str) -> bool:
     embedding = next(rule.theirs for rule in rules if rule.ours == ("embedding.weight",))
     name = stored_name(embedding, stored, prefix)
     return name in stored and torch.equal(stored[head], stored[name])

@@ -1,28 +1,22 @@
-"""Which Hugging Face tensor holds which of our parameters, per family. Data only: `{i}` stands for the layer.
+"""Which Hugging Face tensor holds which of our parameters, per family. Data only.
 
-A rule's tensor is our tensors stacked along rows, then transposed where GPT-2 stores [inputs, outputs]. Rules about
-parameters that a model does not have (a bias, a tied head) do not apply to it.
+In a table {theirs: ours}, `{i}` stands for the layer and `{e}` for the expert that a tensor holds. Several of ours are
+joined ("a + b") or take turns ("a / b"); ".T" marks a transposed tensor, ".R(heads)" RoPE's pairs side by side
+(`Rule`). Rules about parameters that a model does not have (a bias, a tied head) do not apply to it.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple
+import re
+from collections.abc import Iterable, Iterator
+
+from megalite.checkpoint.huggingface.rule import Rule
+from megalite.config.schema import ModelConfig
+
+Table = dict[str, str]
 
 
-class Rule(NamedTuple):
-    theirs: str
-    ours: tuple[str, ...]
-    transposed: bool = False
-
-
-def _rules(block: str, ends: dict[str, str], blocks: dict[str, str]) -> list[Rule]:
-    """Rules from tables {theirs: ours}; several of ours are separated by '+', and '.T' marks a transposed tensor."""
-    table = ends | {
-        f"{block}.{{i}}.{theirs}": " + ".join(f"blocks.{{i}}.{name}" for name in ours.split(" + "))
-        for theirs, ours in blocks.items()
-    }
-    return [
-        Rule(theirs, tuple(ours.removesuffix(".T").split(" + ")), ours.endswith(".T")) for theirs, ours in table.items()
-    ]
+def _layers(block: str, table: Table) -> Table:
+    """A table about one layer, of all layers: names start with `block`, ours with blocks.{i}."""
+    return {f"{block}.{{i}}.{theirs}": re.sub(r"(^| [+/] )", r"\1blocks.{i}.", ours) for theirs, ours in table.items()}
 
 
 _LLAMA_ENDS = {
@@ -56,17 +50,16 @@ _SANDWICH_NORMS = {
     "pre_feedforward_layernorm.weight": "mlp_norm.weight",
     "post_feedforward_layernorm.weight": "mlp_post_norm.weight",
 }
-_LLAMA = _rules("model.layers", _LLAMA_ENDS, _PRE_NORMS | _PROJECTIONS)
-_GEMMA2 = _rules("model.layers", _LLAMA_ENDS, _SANDWICH_NORMS | _PROJECTIONS)
-_GPT2 = _rules(
+_LLAMA = _LLAMA_ENDS | _layers("model.layers", _PRE_NORMS | _PROJECTIONS)
+_GEMMA2 = _LLAMA_ENDS | _layers("model.layers", _SANDWICH_NORMS | _PROJECTIONS)
+_GPT2 = {
+    "transformer.wte.weight": "embedding.weight",
+    "transformer.wpe.weight": "positions.weight",
+    "transformer.ln_f.weight": "final_norm.weight",
+    "transformer.ln_f.bias": "final_norm.bias",
+    "lm_head.weight": "head.weight",
+} | _layers(
     "transformer.h",
-    {
-        "transformer.wte.weight": "embedding.weight",
-        "transformer.wpe.weight": "positions.weight",
-        "transformer.ln_f.weight": "final_norm.weight",
-        "transformer.ln_f.bias": "final_norm.bias",
-        "lm_head.weight": "head.weight",
-    },
     {
         "ln_1.weight": "attention_norm.weight",
         "ln_1.bias": "attention_norm.bias",
@@ -82,29 +75,84 @@ _GPT2 = _rules(
         "mlp.c_proj.bias": "mlp.down.bias",
     },
 )
-RULES = {
-    "gpt2": _GPT2,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _GEMMA2,
-    "gemma3": _GEMMA2,
+
+_STACKED = {
+    "mlp.experts.gate_up_proj": "mlp.experts.gate + mlp.experts.up",
+    "mlp.experts.down_proj": "mlp.experts.down",
 }
-PREFIXES = {family: "transformer." if family == "gpt2" else "model." for family in RULES}
+"""Of all experts, as transformers holds and may save them."""
+_EACH = {f"mlp.experts.{{e}}.{theirs}_proj.weight": f"mlp.experts.{theirs}" for theirs in ("gate", "up", "down")}
+_QWEN3_MOE = _PRE_NORMS | _PROJECTIONS | {"mlp.gate.weight": "mlp.router.weight"}
+_MIXTRAL_EACH = {
+    "block_sparse_moe.gate.weight": "mlp.router.weight",
+    "block_sparse_moe.experts.{e}.w1.weight": "mlp.experts.gate",
+    "block_sparse_moe.experts.{e}.w2.weight": "mlp.experts.down",
+    "block_sparse_moe.experts.{e}.w3.weight": "mlp.experts.up",
+}
+_GPT_OSS = {
+    "self_attn.sinks": "attention.sinks",
+    "mlp.router.weight": "mlp.router.weight",
+    "mlp.router.bias": "mlp.router.bias",
+    "mlp.experts.gate_up_proj": "mlp.experts.gate / mlp.experts.up.T",
+    "mlp.experts.gate_up_proj_bias": "mlp.experts.gate_bias / mlp.experts.up_bias",
+    "mlp.experts.down_proj": "mlp.experts.down.T",
+    "mlp.experts.down_proj_bias": "mlp.experts.down_bias",
+}
+_DEEPSEEK = _QWEN3_MOE | {
+    "self_attn.q_proj.weight": "attention.query.weight.R(heads)",
+    "self_attn.q_a_proj.weight": "attention.query_down.weight",
+    "self_attn.q_a_layernorm.weight": "attention.query_latent_norm.weight",
+    "self_attn.q_b_proj.weight": "attention.query_up.weight.R(heads)",
+    "self_attn.kv_a_proj_with_mqa.weight": "attention.key_value_down.weight.R(1)",
+    "self_attn.kv_a_layernorm.weight": "attention.key_value_norm.weight",
+    "self_attn.kv_b_proj.weight": "attention.key_value_up.weight",
+    "mlp.gate.e_score_correction_bias": "mlp.router.expert_bias",
+    **{f"mlp.shared_experts.{name}_proj.weight": f"mlp.shared.{name}.weight" for name in ("gate", "up", "down")},
+}
+
+
+def _with_experts(block: Table, *forms: Table) -> tuple[Table, ...]:
+    return tuple(_LLAMA_ENDS | _layers("model.layers", block | form) for form in forms)
+
+
+TABLES: dict[str, tuple[Table, ...]] = {
+    "gpt2": (_GPT2,),
+    "llama": (_LLAMA,),
+    "mistral": (_LLAMA,),
+    "qwen2": (_LLAMA,),
+    "qwen3": (_LLAMA,),
+    "gemma": (_LLAMA,),
+    "gemma2": (_GEMMA2,),
+    "gemma3": (_GEMMA2,),
+    "mixtral": _with_experts(
+        _PRE_NORMS | _PROJECTIONS, _MIXTRAL_EACH, _STACKED | {"mlp.gate.weight": "mlp.router.weight"}
+    ),
+    "qwen3_moe": _with_experts(_QWEN3_MOE, _EACH, _STACKED),
+    "deepseek_v3": _with_experts(_DEEPSEEK, _EACH, _STACKED),
+    "gpt_oss": _with_experts(_PRE_NORMS | _PROJECTIONS, _GPT_OSS),
+}
+"""A family's forms of folder; the first is the one written, the last has the names that transformers gives a model's
+parameters."""
+PREFIXES = {family: "transformer." if family == "gpt2" else "model." for family in TABLES}
 """Folders saved from a headless model lack this prefix."""
 IGNORED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Endings of stored constants that are no parameters (old Llama and GPT-2 folders)."""
 
 
-def rules_for(family: str, layers: int, names: Iterable[str]) -> list[Rule]:
-    """The family's rules written out for every layer, for a model with the parameters `names`."""
+def rules_for(config: ModelConfig, names: Iterable[str], form: int = 0) -> list[Rule]:
+    """One of the family's tables written out for every layer and expert, for a model with the parameters `names`."""
     present = set(names)
-    rules = []
-    for rule in RULES[family]:
-        for i in range(layers if "{i}" in rule.theirs else 1):
-            ours = tuple(name.format(i=i) for name in rule.ours)
-            if present.issuperset(ours):
-                rules.append(Rule(rule.theirs.format(i=i), ours, rule.transposed))
-    return rules
+    return [rule for row in TABLES[config.family][form].items() for rule in _written_out(*row, config, present)]
+
+
+def _written_out(theirs: str, ours: str, config: ModelConfig, present: set[str]) -> Iterator[Rule]:
+    rotary = re.search(r"\.R\((\w+)\)$", ours)
+    ours = ours[: rotary.start()] if rotary else ours
+    heads = config.heads if rotary and rotary[1] == "heads" else 1
+    turned = (heads, config.mla.rope_dim) if rotary else None
+    names = re.split(r" [+/] ", ours.removesuffix(".T"))
+    for i in range(config.layers if "{i}" in theirs else 1):
+        of_layer = tuple(name.format(i=i) for name in names)
+        if present.issuperset(of_layer):
+            for e in range(config.moe.experts) if "{e}" in theirs else (None,):
+                yield Rule(theirs.format(i=i, e=e), of_layer, " / " in ours, ours.endswith(".T"), e, turned)

@@ -1,16 +1,18 @@
 """config.json of a Hugging Face folder to ModelConfig. Knows nothing of tensors or of torch."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from megalite.checkpoint.huggingface.experts import attention_scale, mscale, read_experts, read_latents
 from megalite.checkpoint.huggingface.families import (
     BY_MODEL_TYPE,
     FAMILIES,
     GATED_ACTIVATIONS,
     ONE_KIND_OF_LAYER,
+    ONE_WINDOW,
     PLAIN_ACTIVATIONS,
+    WITH_ATTENTION_BIAS,
     WITH_SOFTCAPS,
 )
 from megalite.config.schema import ModelConfig, RopeConfig
@@ -57,18 +59,21 @@ def _read_gpt2(values: dict[str, Any], where: str) -> ModelConfig:
 def _read_llama_like(name: str, values: dict[str, Any], where: str) -> ModelConfig:
     gemma = name.startswith("gemma")
     heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
-    bias = bool(values.get("attention_bias", False)) and name in ("llama", "qwen3", "gemma", "gemma2", "gemma3")
+    bias = bool(values.get("attention_bias", False)) and name in WITH_ATTENTION_BIAS
     stated = values.get(FAMILIES[name].activation_key, "gelu_pytorch_tanh" if gemma else "silu")
     if gemma and stated == "gelu":  # early Gemma folders, which mean the tanh form
         stated = "gelu_pytorch_tanh"
     window, pattern = _read_window(name, values, where)
+    moe, mla = read_experts(name, values, where), read_latents(name, values)
+    dim = int(values["qk_nope_head_dim"]) if mla.kv_rank else int(values.get("head_dim", hidden // heads))
+    scale = float(values["query_pre_attn_scalar"]) ** -0.5 if name in WITH_SOFTCAPS else None
     config = ModelConfig(
         family=name,
         layers=int(values["num_hidden_layers"]),
         hidden=hidden,
         heads=heads,
         kv_heads=int(values.get("num_key_value_heads", heads)),
-        head_dim=int(values.get("head_dim", hidden // heads)),
+        head_dim=dim,
         ffn=int(values["intermediate_size"]),
         vocab=int(values["vocab_size"]),
         max_positions=int(values["max_position_embeddings"]),
@@ -79,11 +84,13 @@ def _read_llama_like(name: str, values: dict[str, Any], where: str) -> ModelConf
         mlp_bias=bool(values.get("mlp_bias", False)) and name == "llama",
         tied_embeddings=bool(values.get("tie_word_embeddings", False)),
         embedding_scale=hidden**0.5 if gemma else 1.0,
-        attention_scale=float(values["query_pre_attn_scalar"]) ** -0.5 if name in WITH_SOFTCAPS else None,
+        attention_scale=attention_scale(values, dim + mla.rope_dim) if mla.kv_rank else scale,
         attention_softcap=_softcap(name, values.get("attn_logit_softcapping")),
         logit_softcap=_softcap(name, values.get("final_logit_softcapping")),
         window=window,
         window_pattern=pattern,
+        mla=mla,
+        moe=moe,
         init_std=float(values.get("initializer_range", 0.02)),
         activation=_activation(stated, GATED_ACTIVATIONS, where),
     )
@@ -110,7 +117,7 @@ def _read_window(name: str, values: dict[str, Any], where: str) -> tuple[int | N
     unused = name.startswith("qwen") and not values.get("use_sliding_window")
     if window is None or unused or name in ONE_KIND_OF_LAYER:
         return None, 1
-    if name == "mistral":
+    if name in ONE_WINDOW:
         return int(window), 1
     kinds = values.get("layer_types")
     if kinds is None and name.startswith("qwen"):
@@ -145,14 +152,15 @@ def _read_rope(values: dict[str, Any], where: str) -> RopeConfig:
     )
     if kind == "default":
         return rope
-    if kind not in ("linear", "yarn", "llama3") or stated.get("truncate") is False:
+    if kind not in ("linear", "yarn", "llama3"):
         raise UserError(f"{where}: RoPE scaling {kind} is not supported; supported: default, linear, yarn, llama3")
     rope.scaling, rope.factor = kind, float(stated["factor"])
     rope.original_length = int(stated.get("original_max_position_embeddings", values["max_position_embeddings"]))
     for key in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
         if stated.get(key) is not None:
             setattr(rope, key, float(stated[key]))
+    rope.truncate = stated.get("truncate") is not False
     if rope.attention_factor is None and stated.get("mscale") and stated.get("mscale_all_dim"):
-        over, under = (0.1 * float(stated[key]) * math.log(rope.factor) + 1.0 for key in ("mscale", "mscale_all_dim"))
+        over, under = (mscale(rope.factor, float(stated[key])) for key in ("mscale", "mscale_all_dim"))
         rope.attention_factor = over / under
     return rope

@@ -4,23 +4,49 @@ import dataclasses
 import math
 from typing import Any
 
+from megalite.checkpoint.huggingface.experts import (
+    mscales,
+    normal_experts,
+    normal_latents,
+    write_experts,
+    write_latents,
+)
 from megalite.checkpoint.huggingface.families import (
     FAMILIES,
     GATED_ACTIVATIONS,
+    LATENT_NORM_EPS,
+    ONE_KIND_OF_LAYER,
+    ONE_WINDOW,
     PLAIN_ACTIVATIONS,
+    WITH_EXPERTS,
     WITH_SOFTCAPS,
     ntk_theta,
 )
 from megalite.checkpoint.huggingface.read import read_config
 from megalite.config.schema import ModelConfig, RopeConfig
 from megalite.errors import UserError
-from megalite.model.size import head_dim, kv_heads, layer_windows, rotary_dim
+from megalite.model.size import (
+    expert_ffn,
+    head_dim,
+    kv_heads,
+    latent,
+    layer_windows,
+    moe_layers,
+    query_dim,
+    rotary_dim,
+)
+
+GROUPS = ("rope", "moe", "mla")
 
 
 def write_config(config: ModelConfig, vocab: int, max_positions: int) -> dict[str, Any]:
     """config.json of this model; UserError for every setting that its family's architecture cannot hold."""
     if config.family == "none":
         raise UserError(f"model.family=none: has no Hugging Face form; set one of {', '.join(FAMILIES)}")
+    if config.family in WITH_EXPERTS and not config.moe.experts:
+        raise UserError(f"model.moe.experts=0: a {config.family} folder holds experts; set another model.family")
+    if config.family == "deepseek_v3" and not latent(config):
+        raise UserError("model.mla.kv_rank=0: a deepseek_v3 folder holds latents; set another model.family")
     writer = _write_gpt2 if config.family == "gpt2" else _write_llama_like
     document = writer(config) | {
         "architectures": [FAMILIES[config.family].architecture],
@@ -52,7 +78,7 @@ def normal_form(config: ModelConfig) -> dict[str, Any]:
             local_theta=rope.local_theta,
         )
     used = {"linear": ("factor",), "llama3": ("factor", "original_length", "low_freq_factor", "high_freq_factor")}
-    used["yarn"] = ("factor", "original_length", "beta_fast", "beta_slow", "attention_factor")
+    used["yarn"] = ("factor", "original_length", "beta_fast", "beta_slow", "truncate", "attention_factor")
     if rope.scaling == "yarn" and rope.attention_factor is None:
         rope.attention_factor = 0.1 * math.log(rope.factor) + 1.0
     for entry in dataclasses.fields(RopeConfig):
@@ -63,12 +89,15 @@ def normal_form(config: ModelConfig) -> dict[str, Any]:
     )
     values = dataclasses.asdict(dataclasses.replace(config, rope=rope if config.position == "rope" else plain))
     values |= {"kv_heads": kv_heads(config), "head_dim": head_dim(config), "windows": layer_windows(config)}
-    values["attention_scale"] = config.attention_scale or head_dim(config) ** -0.5
+    values["attention_scale"] = config.attention_scale or query_dim(config) ** -0.5
+    if moe_layers(config) == config.layers:
+        values["ffn"] = expert_ffn(config)
     if config.norm == "layernorm":
         values["norm_zero_centered"] = False
-    for unused in ("name", "window", "window_pattern", "init_output_scale"):
+    for unused in ("name", "window", "window_pattern", "init_output_scale", "mtp_weight"):
         del values[unused]
-    return values | {f"rope.{key}": value for key, value in values.pop("rope").items()}
+    values |= {"moe": normal_experts(config), "mla": normal_latents(config)}
+    return values | {f"{group}.{key}": value for group in GROUPS for key, value in values.pop(group).items()}
 
 
 def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
@@ -97,7 +126,7 @@ def _write_llama_like(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": kv_heads(config),
         "head_dim": head_dim(config),
         "hidden_act": activation,
-        "rms_norm_eps": config.norm_eps,
+        "rms_norm_eps": LATENT_NORM_EPS if config.family == "deepseek_v3" else config.norm_eps,
         "attention_bias": config.qkv_bias and config.family != "qwen2",
         "attention_dropout": 0.0,
     }
@@ -109,6 +138,13 @@ def _write_llama_like(config: ModelConfig) -> dict[str, Any]:
         document["query_pre_attn_scalar"] = _scalar(config)
         document["attn_logit_softcapping"] = config.attention_softcap
         document["final_logit_softcapping"] = config.logit_softcap
+    if config.family in ("mixtral", "gpt_oss"):
+        document["intermediate_size"] = expert_ffn(config)
+    if config.family in WITH_EXPERTS:
+        document |= write_experts(config)
+    if config.family == "deepseek_v3":
+        del document["head_dim"]
+        document |= write_latents(config)
     return document | _write_window(config) | _write_rope(config)
 
 
@@ -124,12 +160,14 @@ def _same(one: object, other: object) -> bool:
 
 
 def _write_window(config: ModelConfig) -> dict[str, Any]:
-    if config.family in ("llama", "gemma"):
+    if config.family in ONE_KIND_OF_LAYER:
         return {}
     document: dict[str, Any] = {"sliding_window": config.window}
+    if config.family == "gpt_oss":
+        document["sliding_window"] = config.window or 128  # a number also where layer_types never uses it
     if config.family.startswith("qwen"):
         document |= {"use_sliding_window": config.window is not None, "max_window_layers": 0}
-    if config.family != "mistral":
+    if config.family not in ONE_WINDOW:
         document["layer_types"] = [
             "sliding_attention" if window else "full_attention" for window in layer_windows(config)
         ]
@@ -143,7 +181,8 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
     if config.family == "gemma3":
         document["rope_local_base_freq"] = theta if rope.local_theta is None else rope.local_theta
     if rope.scaling in ("none", "ntk"):
-        return document
+        # Left out, gpt_oss would be scaled.
+        return document | ({"rope_scaling": {"rope_type": "default"}} if config.family == "gpt_oss" else {})
     scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
     if rope.scaling != "linear":
         scaling["original_max_position_embeddings"] = rope.original_length
@@ -151,6 +190,10 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
         scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.scaling == "yarn":
         scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-        if rope.attention_factor is not None:
+        if not rope.truncate:
+            scaling["truncate"] = False
+        if config.family == "deepseek_v3" and config.attention_scale is not None:
+            scaling |= mscales(config)
+        elif rope.attention_factor is not None:
             scaling["attention_factor"] = rope.attention_factor
     return document | {"rope_scaling": scaling}
