@@ -73,6 +73,15 @@ def kv_heads_divide_heads(job: Job) -> Iterator[str]:
         yield f"model.kv_heads={model.kv_heads}: does not divide model.heads {model.heads}; nearest: {legal}"
 
 
+@RULES.reads("model.mtp", "data.sequence_length", "parallel.engine")
+def multi_token_modules_have_targets(job: Job) -> Iterator[str]:
+    mtp, length = job.config.model.mtp, job.config.data.sequence_length
+    if mtp >= length:
+        yield f"model.mtp={mtp}: looks past the end of a sequence (data.sequence_length {length}); at most {length - 1}"
+    if mtp and job.config.parallel.engine == "deepspeed":
+        yield f"model.mtp={mtp}: not built for parallel.engine=deepspeed; set 0, or parallel.engine=megalite"
+
+
 @RULES.reads(
     "model.mla.kv_rank", "model.mla.q_rank", "model.mla.rope_dim", "model.mla.value_dim", "model.heads",
     "model.kv_heads", "model.qk_norm", "model.qkv_bias", "model.rope.fraction",

@@ -39,7 +39,7 @@ class Core(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.window = layer_windows(config)[layer]
+        self.window = layer_windows(config)[min(layer, config.layers - 1)]  # behind the last layer: as that
         self.softcap = config.attention_softcap
         self.scale = query_dim(config) ** -0.5 if config.attention_scale is None else config.attention_scale
         sinks = config.attention_sinks

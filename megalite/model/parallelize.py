@@ -13,7 +13,7 @@ from megalite.comm import Communicator
 from megalite.config.schema import Config, RecomputeConfig
 from megalite.model.linear import Linear
 from megalite.model.moe import MoE
-from megalite.model.transformer import Block, Transformer
+from megalite.model.transformer import Transformer
 from megalite.parallel.context import ContextParallel
 from megalite.parallel.deferred import DeferredWeights
 from megalite.parallel.experts import make_dispatcher
@@ -89,9 +89,8 @@ def apply_recompute(model: Transformer, recompute: RecomputeConfig) -> None:
     """
     mode = recompute.mode
     assert mode in ("none", "activation", "selective", "full"), mode
-    for layer, block in model.blocks.items():
-        assert isinstance(block, Block)
-        chosen = int(layer) % recompute.layers == 0
+    for layer, block in model.layers.items():
+        chosen = layer % recompute.layers == 0
         block.keeping.again = chosen and mode == "full"
         block.keeping.offload = recompute.offload
         block.attention.recompute = chosen and mode == "selective"
@@ -100,7 +99,7 @@ def apply_recompute(model: Transformer, recompute: RecomputeConfig) -> None:
 
 def apply_compile(model: Transformer) -> None:
     """torch.compile of each block alone: equal blocks share their compiled code, and a break stays inside one."""
-    for block in model.blocks.values():
+    for block in model.layers.values():
         block.compile()
 
 

@@ -64,7 +64,8 @@ def is_moe(config: ModelConfig, layer: int) -> bool:
 
 
 def moe_layers(config: ModelConfig) -> int:
-    return sum(is_moe(config, layer) for layer in range(config.layers))
+    """Blocks with experts, among them those of multi-token modules."""
+    return sum(is_moe(config, layer) for layer in range(config.layers + config.mtp))
 
 
 def expert_ffn(config: ModelConfig) -> int:
@@ -106,10 +107,10 @@ def parameter_counts(config: ModelConfig, vocab: int, max_positions: int = 0) ->
     ups = 2 if gated(config) else 1
     norms_a_block = 4 if config.norm_place == "sandwich" else 2
     norm_size = 2 if config.norm == "layernorm" else 1
-    moe, sparse = config.moe, moe_layers(config)
-    matrices = config.layers * of_attention[0] + (config.layers - sparse) * (ups + 1) * ffn * hidden
+    moe, sparse, blocks = config.moe, moe_layers(config), config.layers + config.mtp
+    matrices = blocks * of_attention[0] + (blocks - sparse) * (ups + 1) * ffn * hidden + config.mtp * 2 * hidden**2
     matrices += sparse * ((ups + 1) * moe.shared_ffn + moe.experts + moe.shared_gate) * hidden
-    biases = config.layers * of_attention[1] + (config.layers - sparse) * config.mlp_bias * (ups * ffn + hidden)
+    biases = blocks * of_attention[1] + (blocks - sparse) * config.mlp_bias * (ups * ffn + hidden)
     each = moe.experts * (ups * expert_ffn(config) + hidden) + (moe.shared_ffn > 0) * (ups * moe.shared_ffn + hidden)
     states = (moe.bias_rate is not None) + (moe.aux_scope == "global" and moe.aux_loss > 0)
     biases += sparse * (config.mlp_bias * each + moe.experts * (moe.router_bias + states))
@@ -120,7 +121,7 @@ def parameter_counts(config: ModelConfig, vocab: int, max_positions: int = 0) ->
         positions=(max_positions or config.max_positions or 0) * hidden if config.position == "learned" else 0,
         matrices=matrices,
         biases=biases,
-        norms=config.layers * block_norms + norm_size * hidden,
+        norms=blocks * block_norms + (1 + 3 * config.mtp) * norm_size * hidden,
         head=0 if config.tied_embeddings else vocab * hidden,
         experts=sparse * moe.experts * expert,
         active_experts=sparse * moe.top_k * expert,
@@ -149,8 +150,8 @@ def flops_per_token(config: ModelConfig, vocab: int, sequence_length: int) -> in
     window of w < s.
     """
     counts = parameter_counts(config, vocab)
-    matmuls = counts.matrices + counts.active_experts + vocab * config.hidden
-    s = sequence_length
-    windows = [min(window or s, s) for window in layer_windows(config)]
+    matmuls = counts.matrices + counts.active_experts + (1 + config.mtp) * vocab * config.hidden
+    s, of_layers = sequence_length, layer_windows(config)
+    windows = [min(window or s, s) for window in of_layers + config.mtp * of_layers[-1:]]
     doubled_keys = sum(2 * w * s - w * w for w in windows)  # times s/2: kept whole until the end
     return 6 * matmuls + 3 * config.heads * (query_dim(config) + value_dim(config)) * doubled_keys // s

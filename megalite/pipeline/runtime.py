@@ -37,13 +37,14 @@ class Pipeline:
         self.deferred = {stage: defer_weights(self.stages[stage]) for stage in split}
         self.log: list[Op] = []
 
-    def train(self, batches: Sequence[Batch], tokens: float) -> Tensor:
+    def train(self, batches: Sequence[Batch], tokens: float, ahead: Sequence[float] = ()) -> Tensor:
         """Forward and backward of every microbatch, gradients reduced (not yet waited for).
 
-        The loss is divided by `tokens`, the valid targets of the global batch. Returns float64 [microbatches, 2]: sums
-        of nll and of squared log-partition, zero except on the rank of the last stage.
+        The loss is divided by `tokens`, the valid targets of the global batch, that of each multi-token module by its
+        own number of them, in `ahead`. Returns float64 [microbatches, 2 + modules]: sums of nll, of squared
+        log-partition and of the modules' nll, zero except on the rank of the last stage.
         """
-        step = _Step(self, batches, tokens)
+        step = _Step(self, batches, tokens, ahead)
         self.log = []
         for op in self.row:
             step.execute(op)
@@ -87,9 +88,9 @@ class Pipeline:
 class _Step:
     """Tensors of one step on their way between stages, by (stage, microbatch)."""
 
-    def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], tokens: float) -> None:
-        self.pipeline, self.batches, self.tokens = pipeline, batches, tokens
-        self.sums = torch.zeros(len(batches), 2, dtype=torch.float64, device=batches[0].tokens.device)
+    def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], tokens: float, ahead: Sequence[float]) -> None:
+        self.pipeline, self.batches, self.tokens, self.ahead = pipeline, batches, tokens, ahead
+        self.sums = torch.zeros(len(batches), 2 + len(ahead), dtype=torch.float64, device=batches[0].tokens.device)
         self.entered: dict[tuple[int, int], Tensor] = {}  # a stage's input, until its gradient is out
         self.left: dict[tuple[int, int], Tensor] = {}  # its output or loss, until backward
         self.gradient: dict[tuple[int, int], Tensor] = {}  # of its output
@@ -121,9 +122,14 @@ class _Step:
             self.entered[at].requires_grad_()
         x = self.entered.get(at)
         if stage.last:
-            losses = stage.loss(batch.tokens, batch.targets, batch.documents, z_loss=pipeline.z_loss, x=x)
-            self.sums[microbatch] = torch.stack(losses).detach()  # stays on its device: no wait in the middle of a step
-            self.left[at] = (losses.nll_sum + pipeline.z_loss * losses.z_sum) / self.tokens
+            losses = stage.loss(batch.tokens, batch.targets, batch.documents, z_loss=pipeline.z_loss, x=x, ahead=True)
+            nll_sum, z_sum, ahead_sums = losses
+            # Stays on its device: no wait in the middle of a step.
+            self.sums[microbatch] = torch.stack([nll_sum, z_sum, *ahead_sums]).detach()
+            loss = (nll_sum + pipeline.z_loss * z_sum) / self.tokens
+            for total, count in zip(ahead_sums, self.ahead, strict=True):
+                loss = loss + stage.config.mtp_weight / len(self.ahead) * (total / count)
+            self.left[at] = loss
             return
         self.left[at] = stage(batch.tokens, batch.documents, x=x)
         if not pipeline.schedule.crosses(number):

@@ -22,8 +22,8 @@ class Balance:
 
     def __init__(self, stages: Sequence[Transformer], comm: Communicator, config: ModelConfig) -> None:
         self.comm, self.config = comm, config
-        self.layers = [layer for layer in range(config.layers) if is_moe(config, layer)]
-        blocks = [(int(layer), block) for stage in stages for layer, block in stage.blocks.items()]
+        self.layers = [layer for layer in range(config.layers + config.mtp) if is_moe(config, layer)]
+        blocks = [of for stage in stages for of in stage.layers.items()]
         self.routers: dict[int, Router] = {n: block.mlp.router for n, block in blocks if isinstance(block.mlp, MoE)}
 
     def begin(self) -> None:

@@ -107,9 +107,10 @@ def make_stages(
 
 
 def gathered_alone(stage: Transformer) -> list[tuple[nn.Module, str]]:
-    """What of a stage ZeRO 3 gathers for itself: experts, and blocks without them; with the mesh axis of each."""
+    """What of a stage ZeRO 3 gathers for itself: experts, and blocks and multi-token modules without them; with the
+    mesh axis of each."""
     units: list[tuple[nn.Module, str]] = []
-    for block in stage.blocks.values():
+    for block in (*stage.blocks.values(), *stage.mtp.values()):
         units += [(module, "edp") for module in block.modules() if isinstance(module, Experts)]
         units.append((block, "shard"))
     return units
@@ -166,7 +167,7 @@ def make_gradients(
 def rank_share(config: Config, mesh: Mesh, stages: Sequence[Transformer], made: schedule.Schedule) -> Share:
     """What this rank has of the job, for the prediction of its memory."""
     parameters = {p: math.prod(placement(p).shape) for stage in stages for p in stage.parameters()}
-    layers = sum(len(stage.blocks) for stage in stages) / len(stages)
+    layers = sum(len(stage.layers) for stage in stages) / len(stages)
     in_flight = peak(made.rows[mesh.index("pp")], Kind.W)
     return Share(sum(parameters.values()), layers * in_flight, any(s.last for s in stages), mesh.size("dp", "cp"))
 

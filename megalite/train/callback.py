@@ -18,7 +18,8 @@ class StepMetrics:
     `tokens_per_s`: all ranks. `model_tflops`: model TFLOP/s of one rank. `mfu`: share of one rank's measured peak
     (0.41 is 41%); None where no peak was measured. `memory_gb`: this rank's peak (1e9 bytes). `step_s`: wall time, of
     which `data_s` waiting for data. `skipped`: the update was left out because loss or gradient was not finite.
-    `val_*`: set on the steps that evaluate. `experts`: see `Balance.described`.
+    `val_*`: set on the steps that evaluate. `experts`: see `Balance.described`. `mtp_loss`: nats a token, the mean over
+    the multi-token modules.
     """
 
     step: int
@@ -37,6 +38,7 @@ class StepMetrics:
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
     experts: dict[str, Any] | None = None
+    mtp_loss: float | None = None
 
 
 class TrainerView(Protocol):

@@ -58,7 +58,7 @@ class DeepSpeedGradients(Gradients):
     def _loss(self, *arguments: Any, **options: Any) -> Losses:
         """The stage's loss, run by DeepSpeed. Its gradient is multiplied by what the average will divide by."""
         losses = Losses(*self.engine(*arguments, **options))
-        for value in losses:
+        for value in (losses.nll_sum, losses.z_sum):
             if value.requires_grad:
                 value.register_hook(lambda gradient: gradient * self.comm.mesh.size("dp"))
         return losses
@@ -211,5 +211,6 @@ class _Loss(nn.Module):
         if deepspeed is not None:
             deepspeed.zero.register_external_parameter(self, stage.head_weight)
 
-    def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, ...]:
-        return tuple(type(self.stage).loss(self.stage, *arguments, **options))
+    def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        losses = type(self.stage).loss(self.stage, *arguments, **options)
+        return losses.nll_sum, losses.z_sum

@@ -52,9 +52,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank has of a job: `parameters` of its stages; `kept_layers`: blocks whose activations wait for backward
-    at once, summed over microbatches in flight; `last`: whether it computes the loss; `replicas`: ranks that ZeRO
-    shares over."""
+    """What one rank has of a job: `parameters` of its stages; `kept_layers`: blocks (those of multi-token modules too)
+    whose activations wait for backward at once, summed over microbatches in flight; `last`: whether it computes the
+    loss; `replicas`: ranks that ZeRO shares over."""
 
     parameters: int
     kept_layers: float
@@ -65,7 +65,7 @@ class Share:
 def whole(config: Config, vocab: int) -> Share:
     """The share of a process that holds the whole model."""
     positions = config.model.max_positions or config.data.sequence_length
-    return Share(parameter_counts(config.model, vocab, positions).total, config.model.layers)
+    return Share(parameter_counts(config.model, vocab, positions).total, config.model.layers + config.model.mtp)
 
 
 def predict(
@@ -92,7 +92,9 @@ def predict(
     kept = share.kept_layers * layer
     ends = 2 * model.hidden * compute.itemsize + 3 * 8  # final norm's input and output; tokens, targets
     if model.position == "rope":
-        ends += 2 * 4 * rotary_dim(model)  # float32 tables that all layers share
+        ends += (2 if model.mtp else 1) * 2 * 4 * rotary_dim(model)  # float32 tables that all layers share
+    if share.last:
+        kept += model.mtp * _module_kept(model, compute.itemsize, parallel.tp if parallel.sp else 1)
     return Memory(
         weights=share.parameters * (compute.itemsize if weights == 1 else main.itemsize / weights),
         gradients=share.parameters * main.itemsize / sums,
@@ -127,6 +129,13 @@ def kept_per_token(model: ModelConfig, size: int, recompute: str, tp: int = 1, s
     if recompute == "selective":
         attention_statistics = 0
     return (elements + inner) * size + other + attention_statistics
+
+
+def _module_kept(model: ModelConfig, size: int, spread: int) -> float:
+    """Bytes that a multi-token module keeps a token, without its block: the embedding, both norms' outputs joined, the
+    final norm's input and output; statistics, tokens and targets."""
+    statistics = 8 if model.norm == "layernorm" else 4
+    return (5 * model.hidden * size + 3 * statistics) / spread + 2 * 8
 
 
 def _attention_kept(model: ModelConfig, tp: int, spread: int) -> tuple[float, float]:
@@ -167,7 +176,7 @@ def _transient(config: Config, vocab: int, tokens: int, compute: torch.dtype, la
     again = 0.0
     if config.recompute.mode == "full":
         again = tokens * kept_per_token(model, compute.itemsize, "none", parallel.tp, parallel.sp)
-    return max((gradients + max(chunk, handed_on)) * last, again)
+    return max(((1 + model.mtp) * gradients + max(chunk, handed_on)) * last, again)
 
 
 def measured_memory(device: torch.device) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megalite.config.schema import Config
-from megalite.model.transformer import Transformer
+from megalite.model.transformer import Losses, Transformer
 from megalite.parallel.parameter import materialize
 from megalite.precision import Precision
 
@@ -30,8 +30,12 @@ def measured_costs(
     x = torch.zeros(*tokens.shape, config.model.hidden, dtype=precision.compute, device=device, requires_grad=True)
     embedding = _seconds(lambda: model.stage([], True, False)(tokens), device)
     layers = _seconds(lambda: model.stage([0, 1], False, False)(tokens, x=x), device)
-    head = _seconds(lambda: model.stage([], False, True).loss(tokens, tokens, x=x).nll_sum, device)
+    head = _seconds(lambda: _sum(model.stage([], False, True).loss(tokens, tokens, x=x, ahead=True)), device)
     return embedding, layers / 2, head
+
+
+def _sum(losses: Losses) -> Tensor:
+    return sum(losses.ahead_sums, losses.nll_sum)
 
 
 def _seconds(forward: Callable[[], Tensor], device: torch.device) -> float:

@@ -19,6 +19,7 @@ from megalite.comm import Communicator
 from megalite.config.schema import Config
 from megalite.errors import RunError
 from megalite.mesh import AXES
+from megalite.model.multi_token import counted
 from megalite.model.transformer import Transformer
 from megalite.pipeline.runtime import Pipeline
 from megalite.precision import choose_precision
@@ -117,17 +118,17 @@ class Trainer:
         started = time.perf_counter()
         step = self.step + 1
         read = self._microbatches(step)
-        valid = torch.tensor([sum(int((batch.targets >= 0).sum()) for batch in read)], dtype=torch.float64)
+        valid = torch.stack([counted(batch, self.config.model.mtp) for batch in read]).sum(0)
         microbatches = [batch.to(self.device) for batch in read]
         data_s = time.perf_counter() - started
         self.comm.all_reduce(valid, "dp")
-        tokens = max(valid.item(), 1.0)
+        tokens, *ahead = valid.clamp(min=1.0).tolist()
 
         self.gradients.zero()
         self.balance.begin()
-        sums = self.pipeline.train(microbatches, tokens)
+        sums = self.pipeline.train(microbatches, tokens, ahead)
         self.gradients.finish()
-        nll_sum, z_sum, stop = self._agreed(sums, asked_to_stop)
+        (nll_sum, z_sum, *ahead_sums), stop = self._agreed(sums, asked_to_stop)
         loss, z_loss = nll_sum / tokens, z_sum / tokens
         grad_norm, routed = self.gradients.global_norm().item(), self.balance.measure()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -139,7 +140,9 @@ class Trainer:
         self.step, self.stopping = step, stop
         self._note_skip(finite, loss, grad_norm)
         metrics = self._measured(loss, z_loss, grad_norm, not finite, time.perf_counter() - started, data_s)
-        return replace(metrics, experts=self.balance.described(routed))
+        further = [total / count for total, count in zip(ahead_sums, ahead, strict=True)]
+        mtp_loss = sum(further) / len(further) if further else None
+        return replace(metrics, experts=self.balance.described(routed), mtp_loss=mtp_loss)
 
     def whole_model(self) -> Transformer | None:
         """The model as one process holds it, on rank 0; None elsewhere. A collective."""
@@ -165,20 +168,20 @@ class Trainer:
         where = (self.comm, self.config.train.micro_batch, self.device, samples, asked_to_stop)
         return [evaluate(self.pipeline.evaluate, v, token_bytes, *where) for v in self.data.validation]
 
-    def _agreed(self, sums: torch.Tensor, asked_to_stop: bool) -> tuple[float, float, bool]:
-        """Sums of nll and of squared log-partition over the global batch, and whether any rank is to stop.
+    def _agreed(self, sums: torch.Tensor, asked_to_stop: bool) -> tuple[list[float], bool]:
+        """Each column of `sums` over the global batch, and whether any rank is to stop.
 
         One slot a microbatch of the whole step, added up in their order: the bits do not depend on dp. tp ranks hold
         the same sums, so the first speaks for all.
         """
-        ranks, place = self.mesh.size("dp"), self.mesh.index("dp")
-        totals = torch.zeros(len(sums) * ranks * 2 + 1, dtype=torch.float64)
+        ranks, place, columns = self.mesh.size("dp"), self.mesh.index("dp"), sums.shape[1]
+        totals = torch.zeros(len(sums) * ranks * columns + 1, dtype=torch.float64)
         if self.mesh.index("tp") == 0:
-            totals[:-1].view(len(sums), ranks, 2)[:, place] = sums
+            totals[:-1].view(len(sums), ranks, columns)[:, place] = sums
         totals[-1] = asked_to_stop
         self.comm.all_reduce(totals, *AXES)
-        nll_sum, z_sum = (sum(column) for column in zip(*totals[:-1].view(-1, 2).tolist(), strict=True))
-        return nll_sum, z_sum, bool(totals[-1] > 0)
+        rows = totals[:-1].view(-1, columns).tolist()
+        return [sum(column) for column in zip(*rows, strict=True)], bool(totals[-1] > 0)
 
     def _microbatches(self, step: int) -> list[Any]:
         """This rank's microbatches of `step`, on the host. Their samples depend on step and layout-free order alone."""
@@ -216,7 +219,8 @@ class Trainer:
         for _ in range(1 if whole else 2):
             started = time.perf_counter()
             self.gradients.zero()
-            rehearsed.train(batches, batches[0].targets.numel())
+            tokens = float(batches[0].targets.numel())
+            rehearsed.train(batches, tokens, [tokens] * self.config.model.mtp)
             self.gradients.finish()
             seconds = time.perf_counter() - started
         return seconds * int(self.facts["accumulation"]) / len(batches)

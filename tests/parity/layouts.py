@@ -118,6 +118,7 @@ MODELS = {
         mla=MLAConfig(kv_rank=6, q_rank=10, rope_dim=4, value_dim=5), attention_sinks=True, tied_embeddings=True,
     ),
     "mla, queries whole": ModelConfig(layers=2, hidden=16, heads=4, ffn=24, mla=MLAConfig(kv_rank=6, rope_dim=2)),
+    "mtp": ModelConfig(layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, qk_norm=True, mtp=2, window=6),
 }  # fmt: skip
 SPARSE = tuple(name for name, model in MODELS.items() if model.moe.experts)
 DENSE = tuple(name for name in MODELS if name not in SPARSE)
@@ -181,6 +182,17 @@ def global_batch(step: int, packed: bool) -> Batch:
     return Batch(tokens, targets, documents if packed else None)
 
 
+def further_targets(batch: Batch, depths: int) -> list[float]:
+    """How many targets the multi-token modules of depth 1 to `depths` have in a global batch."""
+    counts = []
+    for depth in range(1, depths + 1):
+        valid = batch.targets[:, depth:] >= 0
+        if batch.documents is not None:
+            valid &= batch.documents[:, depth:] == batch.documents[:, :-depth]
+        counts.append(float(valid.sum()))
+    return counts
+
+
 def microbatches(batch: Batch, mesh: Mesh, micro: int = 1) -> list[Batch]:
     """Microbatch n belongs to dp rank n modulo dp, as the trainer shares them out."""
     parts = (None if x is None else x.split(micro) for x in (batch.tokens, batch.targets, batch.documents))
@@ -212,7 +224,8 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
         valid = float((batch.targets >= 0).sum())
         gradients.zero()
         balance.begin()
-        sums = pipeline.train(microbatches(batch, comm.mesh, task.micro), valid)
+        ahead = further_targets(batch, config.model.mtp)
+        sums = pipeline.train(microbatches(batch, comm.mesh, task.micro), valid, ahead)
         gradients.finish()
         norm, routed = gradients.global_norm().item(), balance.measure()
         loads.append(routed.numpy())
@@ -225,7 +238,9 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
         comm.record = None
         total = sums.sum(0) * (comm.mesh.index("tp") == 0)
         comm.all_reduce(total, "pp", "dp", "cp", "tp")
-        losses.append(((total[0] + task.z_loss * total[1]) / valid).item())
+        further = sum(nll / count for nll, count in zip(total[2:].tolist(), ahead, strict=True))
+        weight = config.model.mtp_weight / max(1, config.model.mtp)
+        losses.append(((total[0] + task.z_loss * total[1]) / valid).item() + weight * further)
         norms.append(norm)
     optimizer.wait()
     return {

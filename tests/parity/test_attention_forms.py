@@ -35,7 +35,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", ["sinks", "mla", "mla, queries whole"])
+@pytest.mark.parametrize("model", ["sinks", "mla", "mla, queries whole", "mtp"])
 def test_same_as_one_process(model: str, layout: str) -> None:
     for task in (Task(model, steps=2), Task(model, "adamw", steps=2, packed=False, recompute="full")):
         assert not wrong(trained(LAYOUTS[layout], task), alone(LAYOUTS[layout], task)), task

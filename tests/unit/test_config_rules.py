@@ -43,6 +43,12 @@ def test_the_default_configuration_is_valid() -> None:
         ({"model__rope__fraction": 1.5}, None, ["model.rope.fraction=1.5", "at most 1"]),
         ({"model__rope__fraction": 0.0}, None, ["rotates 0 of 64", "0.03125"]),
         ({"model__head_dim": 1}, None, ["rotates 1 of 1", "make the head larger"]),
+        ({"model__mtp": 512}, None, ["model.mtp=512", "at most 511"]),
+        (
+            {"model__mtp": 1, "parallel__engine": "deepspeed", "parallel__zero": 1},
+            None,
+            ["model.mtp=1: not built for parallel.engine=deepspeed"],
+        ),
         ({"model__mla__q_rank": 8}, None, ["model.mla.q_rank=8: has no effect without model.mla.kv_rank"]),
         ({"model__mla__value_dim": 8}, None, ["model.mla.value_dim=8: has no effect"]),
         ({**MLA, "model__mla__rope_dim": 5}, None, ["model.mla.rope_dim=5", "nearest: 4 or 6"]),

@@ -42,9 +42,9 @@ def kept_bytes(*overrides: str, dtype: torch.dtype) -> tuple[float, float]:
     shape = (config.train.micro_batch, config.data.sequence_length)
     tokens = torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        losses = model.loss(tokens, tokens)
+        losses = model.loss(tokens, tokens, ahead=True)
     assert losses.nll_sum.requires_grad
-    loss_gradients = (tokens.numel() + VOCAB) * config.model.hidden * 4
+    loss_gradients = (1 + config.model.mtp) * (tokens.numel() + VOCAB) * config.model.hidden * 4
     return sum(kept.values()) - loss_gradients, predict(config, VOCAB, dtype, torch.float32).activations
 
 
@@ -58,6 +58,8 @@ def kept_bytes(*overrides: str, dtype: torch.dtype) -> tuple[float, float]:
         ("model.norm_place=post", "model.tied_embeddings=true"),
         ("model.norm=layernorm", "model.activation=gelu", "model.position=learned"),
         ("model.attention_sinks=true",),
+        ("model.mtp=2",),
+        ("model.mtp=1", "model.tied_embeddings=true", "recompute=none"),
         ("model.mla.kv_rank=24", "model.mla.rope_dim=8", "model.mla.q_rank=40", "model.mla.value_dim=12"),
         ("model.mla.kv_rank=24", "model.mla.rope_dim=8"),
         ("model.mla.kv_rank=24", "model.mla.rope_dim=8", "recompute=full"),

@@ -129,19 +129,22 @@ def test_counts_by_role() -> None:
 LATENT = MLAConfig(kv_rank=12, q_rank=20, rope_dim=4, value_dim=6)
 FORMS = {
     "sinks": {"attention_sinks": True, "qkv_bias": True},
+    "multi-token": {"mtp": 2, "qkv_bias": True, "norm": "layernorm", "norm_place": "sandwich"},
     "latent": {"kv_heads": None, "mla": LATENT, "output_bias": True},
     "latent, queries whole": {"kv_heads": None, "head_dim": 10, "mla": MLAConfig(kv_rank=12), "attention_sinks": True},
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_attention_has_as_many_parameters_as_counted(form: str) -> None:
+def test_every_form_has_as_many_parameters_as_counted(form: str) -> None:
     config = ModelConfig(**{"layers": 3, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48} | FORMS[form])
     held = sum(torch.Size(shape).numel() for shape in parameter_shapes(config, 10, 6).values())
     assert held == parameter_counts(config, vocab=10, max_positions=6).total
 
 
-@pytest.mark.parametrize(("window", "pattern", "mla"), [(None, 1, {}), (8, 1, {}), (8, 2, {}), (8, 2, FORMS["latent"])])
+@pytest.mark.parametrize(
+    ("window", "pattern", "mla"), [(None, 1, {}), (8, 1, {}), (8, 2, {}), (8, 2, FORMS["latent"]), (8, 1, {"mtp": 2})]
+)
 def test_flops_formula_against_a_counter(window: int | None, pattern: int, mla: dict[str, Any]) -> None:
     """torch's counter sees every weight matmul and, in the reference attention, every pair of positions; of those
     only the visible ones count, a query's pair with itself by half."""
@@ -153,7 +156,8 @@ def test_flops_formula_against_a_counter(window: int | None, pattern: int, mla: 
     for rows, columns in matrices[1:]:  # all but the embedding, which is looked up
         weight = torch.randn(rows, columns, requires_grad=True)
         counted += flops(lambda x, weight=weight: x @ weight.T, torch.randn(s, columns))
-    for layer_window in layer_windows(config):
+    counted += config.mtp * flops(lambda x: x @ torch.randn(32, vocab, requires_grad=True), torch.randn(s, 32))
+    for layer_window in layer_windows(config) + [window] * config.mtp:
         keys, dim = kv_heads(config), query_dim(config)
         q, k, v = (torch.randn(1, s, *of) for of in ((4, dim), (keys, dim), (keys, value_dim(config))))
         pairs = visible(s, s, causal=True, window=layer_window).sum().item() - min(layer_window or s, s) / 2
