@@ -118,6 +118,13 @@ MODELS = {
         mla=MLAConfig(kv_rank=6, q_rank=10, rope_dim=4, value_dim=5), attention_sinks=True, tied_embeddings=True,
     ),
     "mla, queries whole": ModelConfig(layers=2, hidden=16, heads=4, ffn=24, mla=MLAConfig(kv_rank=6, rope_dim=2)),
+    "deepseek-v3": ModelConfig(
+        layers=2, hidden=16, heads=4, head_dim=3, ffn=24, mtp=1, mla=MLAConfig(kv_rank=6, q_rank=10, rope_dim=4),
+        moe=MoEConfig(
+            experts=4, top_k=2, ffn=8, shared_ffn=12, dense_layers=1, router="sigmoid", scale=2.5, groups=2,
+            bias_rate=0.05, aux_loss=0.1, aux_scope="sequence",
+        ),
+    ),
     "mtp": ModelConfig(layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, qk_norm=True, mtp=2, window=6),
 }  # fmt: skip
 SPARSE = tuple(name for name, model in MODELS.items() if model.moe.experts)

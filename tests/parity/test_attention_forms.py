@@ -1,4 +1,6 @@
-"""Sinks and latent attention: on the layouts that spread them against one process in float64; against transformers."""
+"""Sinks, latent attention and multi-token prediction on the layouts that spread them, against one process in float64;
+attention against transformers' own modules.
+"""
 
 from typing import Any
 
@@ -34,11 +36,47 @@ LAYOUTS = {
 }
 
 
+def same_as_alone(layout: Layout, task: Task) -> None:
+    """Ranks are threads, but processes where FSDP2 has them."""
+    assert not wrong(trained(layout, task, threads=layout.zero < 3), alone(layout, task)), task
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", ["sinks", "mla", "mla, queries whole", "mtp"])
 def test_same_as_one_process(model: str, layout: str) -> None:
     for task in (Task(model, steps=2), Task(model, "adamw", steps=2, packed=False, recompute="full")):
-        assert not wrong(trained(LAYOUTS[layout], task), alone(LAYOUTS[layout], task)), task
+        same_as_alone(LAYOUTS[layout], task)
+
+
+ENDS = [
+    (Layout(pp=2, chunks=2, schedule="zbv"), Task("mtp", steps=2)),
+    (Layout(pp=2, dp=2, zero=2), Task("mtp", "adamw", steps=2)),
+    (Layout(pp=2, dp=2, zero=3, order="tp,pp,cp,dp"), Task("mtp", steps=2, micro=2)),
+    (Layout(pp=2, cp=2, dp=2, schedule="zb_h1", zero=1), Task("mtp", "muon", steps=2)),
+]
+
+
+@pytest.mark.parametrize("case", ENDS, ids=lambda case: str(case[0]))
+def test_the_last_stage_looks_tokens_up_too(case: tuple[Layout, Task]) -> None:
+    same_as_alone(*case)
+
+
+WHOLE = [
+    Layout(dp=2, ep=2),
+    Layout(tp=2, sp=True, ep=2),
+    Layout(tp=2, dp=2, ep=2, etp=2),
+    Layout(cp=2, dp=2, cp_kind="ulysses", ep=4),
+    Layout(pp=2, dp=2, schedule="zb_h1", zero=1, ep=2),
+    Layout(dp=4, zero=2, ep=2),
+    Layout(dp=2, cp=2, zero=3, ep=2),
+]
+
+
+@pytest.mark.parametrize("layout", WHOLE, ids=str)
+def test_latents_experts_and_further_tokens_together(layout: Layout) -> None:
+    """DeepSeek-V3 as one model; the experts of its multi-token module are balanced too."""
+    for task in (Task("deepseek-v3", steps=2), Task("deepseek-v3", "adamw", steps=2, packed=False, recompute="full")):
+        same_as_alone(layout, task)
 
 
 NO_TOKENS = torch.zeros(0)
