@@ -24,7 +24,7 @@ from megalite.world import wait_for_rank_zero
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-_HERE = (__file__, str(Path(__file__).parent / "parallel" / "collectives.py"))
+_HERE = (__file__, str(Path(__file__).parent / "parallel" / "collectives.py"), torch.autograd.function.__file__)
 _DESCRIPTION_BYTES = 192
 
 

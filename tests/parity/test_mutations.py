@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from tests.parity import mutations_of_steps  # noqa: F401  registers its faults
+from tests.parity import mutations_of_experts, mutations_of_steps  # noqa: F401  register their faults
 from tests.parity.layouts import Layout, Task, alone, train, trained, wrong
 from tests.parity.mutations import MUTATIONS
 
-AT_LEAST = 28
+AT_LEAST = 70
 
 
 def train_with_fault(layout: Layout, task: Task, name: str) -> dict[str, Any]:
