@@ -135,10 +135,12 @@ def check_continuity(trainer: "Trainer", path: Path, counters: dict[str, Any], a
 
 
 def at(values: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key in nested plain values; None where an older version did not have it."""
+    """The value of a dotted key in nested plain values; its default where an older version did not have the key."""
     found: Any = values
     for name in key.split("."):
-        found = found.get(name) if isinstance(found, dict) else None
+        if not isinstance(found, dict) or name not in found:
+            return leaves(Config)[key].default
+        found = found[name]
     return found
 
 

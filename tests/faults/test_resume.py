@@ -115,17 +115,28 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, world: int) -> None:
         attempt += 1
 
 
-def test_resume_at_another_world_size_sees_the_same_samples(tmp_path: Path) -> None:
-    """Stop at step 12 on one process, go on with two: losses equal to summation order (fp64)."""
-    words = ("precision=fp64",)
+EXPERTS = ("model.moe.experts=4", "model.moe.bias_rate=0.01", "model.moe.aux_loss=0.1", "model.moe.aux_scope=global")
+
+
+@pytest.mark.parametrize(("model", "layout"), [((), ()), (EXPERTS, ("parallel.ep=2",))], ids=["dense", "experts"])
+def test_resume_at_another_world_size_sees_the_same_samples(
+    model: tuple[str, ...], layout: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Stop at step 12 on one process, go on with two: losses equal to summation order (fp64). Expert biases and the
+    last load, which no gradient moves, go on too."""
+    words = ("precision=fp64", *model)
     Job(tmp_path / "one", 1, *words).finish()
     Job(tmp_path / "two", 1, *words, "checkpoint.keep=0").finish()
     folder = tmp_path / "two" / "checkpoints"
     for step in complete_steps(folder)[4:]:
         step.rename(tmp_path / step.name)
-    Job(tmp_path / "two", 2, *words).finish()
-    rows, _ = outcome(tmp_path / "one")
-    resumed, _ = outcome(tmp_path / "two")
+    Job(tmp_path / "two", 2, *words, *layout).finish()
+    rows, expected_tensors = outcome(tmp_path / "one")
+    resumed, tensors = outcome(tmp_path / "two")
+    for name, tensor in expected_tensors.items():
+        if name.endswith(("expert_bias", "last_load")):
+            torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-12)
+            assert tensor.any(), name
     assert [row["step"] for row in resumed] == [row["step"] for row in rows]
     for name in ("loss", "grad_norm"):
         expected = [row[name] for row in rows]
