@@ -18,10 +18,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.parity.layouts import BOUNDS, DENSE, Layout, Task, all_layouts, alone, errors, legal, trained
+from tests.parity.layouts import BOUNDS, DENSE, SPARSE, Layout, Task, all_layouts, alone, errors, legal, trained
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
@@ -35,6 +36,11 @@ CHUNK_ROWS = 5
 TURN = 7
 """So many layouts further is the one of the next composition of axes that runs on processes: no number of schedules,
 chunks or ZeRO stages, so that all of them have their turn."""
+TURNS = [
+    ("all_to_all", "sgd"), ("all_gather", "adamw"), ("node", "sgd"), ("all_to_all", "adamw"), ("all_gather", "muon"),
+    ("node", "adamw"), ("all_to_all", "muon"),
+]  # fmt: skip
+"""Dispatchers and optimizers of models with experts; seven, which divides no number of models."""
 QUANTITIES = ("loss", "gradients", "norm", "weights, SGD", "weights, AdamW", "weights, Muon")
 
 
@@ -57,8 +63,9 @@ A training is 5 steps in float64 of a small model (grouped queries, QK-norm, z-l
 has another number of valid tokens, some have none. It is compared with one process from the same seed: the loss and the
 unclipped gradient norm of every step, every parameter's whole gradient of the first step, every weight after the last.
 SGD has momentum; under AdamW clipping is active in every step, the ranks stand in another order, microbatches have two
-rows where the layout can, and the loss goes by chunks of {chunk} rows. Errors are relative, of a tensor by its norm; a
-cell is the worst of all its trainings. Bounds: {bounds}.
+rows where the layout can, and the loss goes by chunks of {chunk} rows. With experts every layout is folded in every way
+over ep and etp; six models with experts, the optimizers and the dispatchers take turns. Errors are relative, of a tensor
+by its norm; a cell is the worst of all its trainings. Bounds: {bounds}.
 A gradient that is zero in mathematics (GPT-2's key biases, which softmax ignores) is measured against 1e-6 of the
 largest tensor: the errors near 1e-11 are theirs.
 
@@ -86,8 +93,32 @@ def cases(world: int) -> Iterator[Case]:
             yield _in_rows(layout, Task(other, "adamw", packed=number % 2 == 0))
         elif layout.zero < 3:
             yield _in_rows(layout, Task("untied", "muon"))
+    for number, layout in enumerate(all_foldings(world)):
+        expert = expert_case(number, layout)
+        of_axes.setdefault(_composition(layout), []).append(expert)
+        yield expert
     for number, alike in enumerate(of_axes.values()):
         yield alike[number * TURN % len(alike)]._replace(processes=True)
+
+
+def all_foldings(world: int) -> Iterator[Layout]:
+    """Every layout with every way of spreading experts over the ranks of a stage."""
+    for layout in all_layouts(world):
+        ranks = layout.dp * layout.cp * layout.tp
+        divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+        for ep, etp in product(divisors, divisors):
+            if ranks % (ep * etp) == 0 and not layout.overlap:
+                yield replace(layout, ep=ep, etp=etp)
+
+
+def expert_case(number: int, layout: Layout) -> Case:
+    """One training: models with experts, optimizers and dispatchers take turns."""
+    ranks, (kind, optim) = layout.ep * layout.etp, TURNS[number // len(SPARSE) % len(TURNS)]
+    node = {"dispatcher": kind, "node_ranks": max(1, ranks // 2)} if kind == "node" else {"dispatcher": kind}
+    spread = replace(layout, **node) if ranks > 1 else layout  # type: ignore[arg-type]
+    models = [SPARSE[(number + n) % len(SPARSE)] for n in range(len(SPARSE))]
+    tasks = (Task(model, optim if layout.zero < 3 else "adamw") for model in models)
+    return Case(spread, next(task for task in tasks if legal(spread, task)))
 
 
 def _in_rows(layout: Layout, task: Task) -> Case:
@@ -172,7 +203,7 @@ def _right(entry: dict[str, Any]) -> bool:
 
 
 def _axes(layout: Layout) -> str:
-    return str(replace(layout, order=Layout.order))
+    return str(replace(layout, order=Layout.order, dispatcher=Layout.dispatcher, node_ranks=0))
 
 
 def _composition(layout: Layout) -> str:
@@ -181,6 +212,7 @@ def _composition(layout: Layout) -> str:
     words += [f"tp {layout.tp}{' sp' if layout.sp else ''}"] if layout.tp > 1 else []
     words += [f"cp {layout.cp} {layout.cp_kind}"] if layout.cp > 1 else []
     words += [f"pp {layout.pp}"] if layout.pp > 1 else []
+    words += [f"{axis} {n}" for axis, n in (("ep", layout.ep), ("etp", layout.etp)) if n > 1]
     return " × ".join(words)
 
 
@@ -235,6 +267,7 @@ def page(version: str) -> str:
     for title, key in (
         ("schedule", lambda case: case.layout.schedule if case.layout.pp > 1 else ""),
         ("ZeRO", lambda case: str(case.layout.zero) if case.layout.dp * case.layout.cp > 1 else ""),
+        ("dispatcher", lambda case: case.layout.dispatcher if case.layout.ep * case.layout.etp > 1 else ""),
         ("model", lambda case: case.task.model),
         ("rows", lambda case: "packed documents" if case.task.packed else "one document"),
     ):
