@@ -64,8 +64,8 @@ has another number of valid tokens, some have none. It is compared with one proc
 unclipped gradient norm of every step, every parameter's whole gradient of the first step, every weight after the last.
 SGD has momentum; under AdamW clipping is active in every step, the ranks stand in another order, microbatches have two
 rows where the layout can, and the loss goes by chunks of {chunk} rows. With experts every layout is folded in every way
-over ep and etp; six models with experts, the optimizers and the dispatchers take turns. Errors are relative, of a tensor
-by its norm; a cell is the worst of all its trainings. Bounds: {bounds}.
+over ep and etp; six models with experts, the optimizers and the dispatchers take turns. Errors are relative,
+of a tensor by its norm; a cell is the worst of all its trainings. Bounds: {bounds}.
 A gradient that is zero in mathematics (GPT-2's key biases, which softmax ignores) is measured against 1e-6 of the
 largest tensor: the errors near 1e-11 are theirs.
 
