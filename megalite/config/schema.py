@@ -145,7 +145,7 @@ class ModelConfig:
     activation: str = key("swiglu", "MLP nonlinearity.", choices=("swiglu", "geglu", "swiglu_clamped", "gelu", "gelu_tanh", "relu2"))
     tied_embeddings: bool = key(False, "The head reuses the embedding matrix.")
     embedding_scale: float = key(1.0, "Multiplies the embedding's output (Gemma: sqrt(hidden)).")
-    attention_scale: float | None = key(None, "Multiplies q·k; null: head_dim**-0.5.")
+    attention_scale: float | None = key(None, "Multiplies q·k; null: the size of a query head **-0.5.")
     attention_softcap: float | None = key(None, "Scores become cap*tanh(score/cap); null: off.", minimum=0)
     logit_softcap: float | None = key(None, "Logits become cap*tanh(logit/cap); null: off.", minimum=0)
     window: int | None = key(None, "Sliding window: a token sees this many latest tokens, itself included; null: all.", minimum=1)

@@ -1,5 +1,5 @@
 """Deliberate faults, one at a time, each in the layout of the fast matrix that must notice it: tensor, sequence and
-context parallelism here, what spreads samples and layers in `mutations_of_steps`.
+context parallelism here, what spreads samples and layers in `mutations_of_steps`, more in `mutations_of_attention`.
 
 A fault is a context manager around the assembly and the training of every rank. Each leaves the engine running on all
 ranks, as the silent errors do that the matrix is there for; none deadlocks or raises.

@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parity import mutations_of_experts, mutations_of_steps  # noqa: F401  register their faults
+from tests.parity import (  # noqa: F401  register their faults
+    mutations_of_attention,
+    mutations_of_experts,
+    mutations_of_steps,
+)
 from tests.parity.covering import candidates, covering, pairs
 from tests.parity.layouts import BOUNDS, SCHEDULES, Layout, Task, alone, errors, joined, trained
 from tests.parity.mutations import MUTATIONS

@@ -2,7 +2,11 @@
 
 from typing import Any
 
-from tests.parity import mutations_of_experts, mutations_of_steps  # noqa: F401  register their faults
+from tests.parity import (  # noqa: F401  register their faults
+    mutations_of_attention,
+    mutations_of_experts,
+    mutations_of_steps,
+)
 from tests.parity.layouts import Layout, Task, alone, train, trained, wrong
 from tests.parity.mutations import MUTATIONS
 

@@ -22,7 +22,11 @@ from megalite.pipeline.runtime import Pipeline
 from megalite.pipeline.schedule import lower, make_schedule
 from megalite.pipeline.split import split_layers
 from megalite.world import join, world_from_environment
-from tests.parity import mutations_of_experts, mutations_of_steps  # noqa: F401  register their faults
+from tests.parity import (  # noqa: F401  register their faults
+    mutations_of_attention,
+    mutations_of_experts,
+    mutations_of_steps,
+)
 from tests.parity.layouts import (
     BOUNDS,
     SCHEDULES,
