@@ -11,8 +11,10 @@ from megalite.checkpoint.stored_model import StoredModel, empty_model, refuse_im
 from megalite.checkpoint.tensor_folder import SHARD_BYTES, TensorFolder, new_folder, safe_file, write_tensors
 from megalite.checkpoint.training import is_training, open_training
 from megalite.config.build import build
-from megalite.config.schema import ModelConfig, key
+from megalite.config.schema import Config, ModelConfig, key
+from megalite.config.tree import leaves, value_at
 from megalite.errors import UserError
+from megalite.model.size import parameter_counts
 from megalite.model.transformer import Transformer
 from megalite.parallel.parameter import attach, declaration, dtype_of, placement
 
@@ -28,6 +30,11 @@ class Description:
     max_positions: int = key(1, "Longest sequence.", minimum=1)
 
 
+def is_model(folder: Path) -> bool:
+    """Whether `folder` is one of ours or of Hugging Face's."""
+    return (folder / DESCRIPTION).exists() or (folder / "config.json").exists()
+
+
 def open_model(path: str | Path) -> StoredModel:
     """The model in a folder of ours or of Hugging Face's, in a checkpoint or run; tensors are read later."""
     folder = Path(path)
@@ -41,6 +48,23 @@ def open_model(path: str | Path) -> StoredModel:
         f"{folder}: no model, Hugging Face folder, run or checkpoint (no {DESCRIPTION}, config.json or checkpoints/);"
         " give the folder of one"
     )
+
+
+def describe_model(path: Path) -> str:
+    """What `megalite checkpoint inspect` prints of a model folder, with the words that train it."""
+    stored = open_model(path)
+    config = dataclasses.replace(stored.config, vocab=stored.vocab, max_positions=stored.max_positions)
+    counts = parameter_counts(config, stored.vocab, stored.max_positions)
+    values, plain = Config(model=config), Config()
+    words = (
+        f"{name}={'null' if value_at(values, name) is None else value_at(values, name)}"
+        for name in leaves(Config)
+        if name.startswith("model.") and value_at(values, name) != value_at(plain, name)
+    )
+    active = counts.total - counts.experts + counts.active_experts
+    met = f", {active:,} of them a token" if counts.experts else ""
+    lines = [f"{path}", f"{config.family}, {counts.total:,} parameters{met}, {stored.dtype}", *stored.notes]
+    return "\n".join([*lines, " ".join([f"checkpoint.resume={path}", *words])])
 
 
 def load_model(

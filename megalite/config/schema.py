@@ -234,7 +234,7 @@ class CheckpointConfig:
     every: int = key(0, "Steps between checkpoints; 0: only at the end.", minimum=0)
     keep: int = key(2, "Newest complete checkpoints kept; 0: all.", minimum=0)
     final: bool = key(True, "Save after the last step.")
-    resume: str = key("auto", "'auto': the run folder's newest complete checkpoint; 'none': refuse a used folder; or the path of a checkpoint.")
+    resume: str = key("auto", "'auto': the run folder's newest complete checkpoint; 'none': refuse a used folder; or the path of a checkpoint, or of a model folder, whose weights start the run.")
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megalite.checkpoint.model_folder import is_model
 from megalite.checkpoint.store import complete_steps, read_trainer
 from megalite.config.load import as_values
 from megalite.config.schema import Config
@@ -73,9 +74,14 @@ def resume(trainer: "Trainer") -> Resumed | None:
     chosen = trainer.comm.on_rank_zero(lambda: choose_checkpoint(trainer))
     if chosen is None:
         return None
+    path, branch = Path(chosen["path"]), chosen["branch"]
+    if chosen["weights"]:
+        from megalite.train.start import start_from
+
+        start_from(trainer, path)
+        return Resumed(str(path), branch, [], trainer.store.set_aside_after(trainer.step))
     from megalite.checkpoint.dcp import load_tensors, read_metadata  # a second of imports that a fresh start is spared
 
-    path, branch = Path(chosen["path"]), chosen["branch"]
     counters = trainer.store.verify(path)
     trainer.comm.on_rank_zero(lambda: check_continuity(trainer, path, counters, chosen["at_branch"]))
     tensors = trainer.optimizer.state_tensors()
@@ -92,14 +98,17 @@ def resume(trainer: "Trainer") -> Resumed | None:
 
 
 def choose_checkpoint(trainer: "Trainer") -> dict[str, Any] | None:
-    """The checkpoint to resume from; None for a fresh start. Run by rank 0.
+    """The checkpoint to resume from, or the model folder (`weights`) to start from; None for a fresh start. Run by rank
+    0.
 
     A path is a place to branch off, once: when the run's newest checkpoint already descends from it, the job was only
     started again (by its launcher, or by hand with the same words) and goes on with that one.
     """
     wanted = trainer.config.checkpoint.resume
     own = complete_steps(trainer.store.folder)
-    newest = {"path": str(own[-1]), "branch": read_trainer(own[-1])["branch"], "at_branch": False} if own else None
+    newest: dict[str, Any] | None = None
+    if own:
+        newest = {"path": str(own[-1]), "branch": read_trainer(own[-1])["branch"], "at_branch": False, "weights": False}
     if wanted in ("auto", "none"):
         return newest
     path = Path(wanted)
@@ -107,8 +116,10 @@ def choose_checkpoint(trainer: "Trainer") -> dict[str, Any] | None:
     if newest is not None and newest["branch"] == branch:
         return newest
     if not path.is_dir():
-        raise UserError(f"checkpoint.resume: no folder {path}; give auto, none or the path of a step_… folder")
-    return {"path": str(path), "branch": branch, "at_branch": True}
+        raise UserError(
+            f"checkpoint.resume: no folder {path}; give auto, none or the path of a step_… folder or of a model"
+        )
+    return {"path": str(path), "branch": branch, "at_branch": True, "weights": is_model(path)}
 
 
 def check_continuity(trainer: "Trainer", path: Path, counters: dict[str, Any], at_branch: bool) -> None:
