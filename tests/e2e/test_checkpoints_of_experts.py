@@ -35,8 +35,16 @@ def train(folder: str, words: tuple[str, ...], world: int) -> None:
     leave()
 
 
-@pytest.mark.parametrize("words", [MIXTRAL, DEEPSEEK], ids=["mixtral", "deepseek_v3"])
-@pytest.mark.parametrize("layout", [("parallel.ep=2",), ("parallel.etp=2", "parallel.zero=1"), ("parallel.pp=2",)])
+@pytest.mark.parametrize(
+    ("words", "layout"),
+    [
+        (MIXTRAL, ("parallel.ep=2",)),
+        (MIXTRAL, ("parallel.etp=2", "parallel.zero=1")),
+        (DEEPSEEK, ("parallel.ep=2",)),
+        (DEEPSEEK, ("parallel.pp=2",)),
+    ],
+    ids=["mixtral-ep", "mixtral-etp", "deepseek_v3-ep", "deepseek_v3-pp"],
+)
 def test_saved_by_two_used_by_one(
     tmp_path: Path, words: tuple[str, ...], layout: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
