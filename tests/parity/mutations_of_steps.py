@@ -37,8 +37,8 @@ from tests.parity.mutations import (
 
 @fault("dp: the loss is divided by the rank's own token count", DP)
 def _() -> Patch:
-    def own(original: Any, self: Pipeline, batches: list[Any], tokens: float) -> Tensor:
-        sums: Tensor = original(self, batches, float(sum((batch.targets >= 0).sum() for batch in batches)))
+    def own(original: Any, self: Pipeline, batches: list[Any], tokens: float, *ahead: Any) -> Tensor:
+        sums: Tensor = original(self, batches, float(sum((batch.targets >= 0).sum() for batch in batches)), *ahead)
         return sums
 
     return around(Pipeline, "train", own)
@@ -77,8 +77,8 @@ def _() -> Patch:
 
 @fault("dp: a rank takes one sample twice and leaves one out", DP)
 def _() -> Patch:
-    def repeated(original: Any, self: Pipeline, batches: list[Any], tokens: float) -> Tensor:
-        sums: Tensor = original(self, [*batches[:-1], batches[0]], tokens)
+    def repeated(original: Any, self: Pipeline, batches: list[Any], tokens: float, *ahead: Any) -> Tensor:
+        sums: Tensor = original(self, [*batches[:-1], batches[0]], tokens, *ahead)
         return sums
 
     return around(Pipeline, "train", repeated)
@@ -161,8 +161,8 @@ def _() -> Patch:
 
 @fault("pp: gradients are scaled by the token count of the first microbatch", PP)
 def _() -> Patch:
-    def scaled(original: Any, self: Pipeline, batches: list[Any], tokens: float) -> Tensor:
-        sums: Tensor = original(self, batches, tokens / int((batches[0].targets >= 0).sum()))
+    def scaled(original: Any, self: Pipeline, batches: list[Any], tokens: float, *ahead: Any) -> Tensor:
+        sums: Tensor = original(self, batches, tokens / int((batches[0].targets >= 0).sum()), *ahead)
         return sums
 
     return around(Pipeline, "train", scaled)
