@@ -4,8 +4,11 @@
 another; then the next one that need not. So a deadlock is seen at once, and reported with what every rank waits for.
 Tensors move as late as they may: a send completes only when its receive was started, reads its tensor at the first wait
 of either side, and what is received or reduced appears only on the wait. A sum is made in the order of the ranks.
+What ranks share is theirs to leave alone: a patch or a module's global is every rank's. A rank that computes for ever
+is not stopped, as a process would be.
 """
 
+import sys
 import threading
 import traceback
 from collections import defaultdict
@@ -25,6 +28,8 @@ from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWor
 from megalite.world import World, leave
 
 MOST_RANKS = 8
+FRAMES = 8
+"""Of a rank that waits, so many of the innermost are shown."""
 HERE = threading.local()
 """`rank`: which one this thread is, of which `turns`."""
 
@@ -226,18 +231,19 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _default_group(options: Any, _: Any) -> ThreadGroup:
-    return ThreadGroup("world", range(options.group_size), options.group_rank)
+    return ThreadGroup(options.group_id, range(options.group_size), options.group_rank)
 
 
 @contextmanager
 def _worlds_of_threads() -> Iterator[None]:
     """Every thread has process groups of its own."""
     before, c10d._world = c10d._world, ThreadLocalWorld()  # type: ignore[assignment]
+    hook = sys.excepthook  # each process group puts a rank before every line that the one before writes
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
     try:
         yield
     finally:
-        c10d._world = before
+        c10d._world, sys.excepthook = before, hook
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
 
 
@@ -264,6 +270,12 @@ def _rank(turns: _Turns, rank: int, function: Callable[..., Any], arguments: tup
         turns.pass_on(rank)
 
 
+def _told(error: Stopped) -> str:
+    """What a rank waited for, and where."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    return f"{error}\n{''.join(traceback.format_list(frames[-FRAMES:]))}"
+
+
 def world_of_thread() -> World | None:
     """Which rank this thread is; None: no thread of `run_threads`."""
     return World(HERE.rank, HERE.turns.size, HERE.rank, HERE.turns.size) if hasattr(HERE, "rank") else None
@@ -277,6 +289,5 @@ def run_threads(world: int, function: Callable[..., Any], *arguments: Any) -> li
         turns.pass_on(-1)
         errors = [future.exception() for future in under_way]
     if turns.failure:
-        stopped = [f"{error}\n{''.join(traceback.format_tb(error.__traceback__))}" for error in errors if error]
-        raise AssertionError("\n".join([turns.failure, *stopped]))
+        raise AssertionError("\n".join([turns.failure, *(_told(of) for of in errors if isinstance(of, Stopped))]))
     return [future.result() for future in under_way]

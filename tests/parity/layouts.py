@@ -178,14 +178,15 @@ def configuration(layout: Layout, task: Task) -> Config:
 
 
 def global_batch(step: int, packed: bool) -> Batch:
-    """[SAMPLES, SEQUENCE]: sample i has 2·i targets less than the sequence is long; samples 2 and 5 have none."""
+    """[SAMPLES, SEQUENCE]: sample i has 2·i targets less than the sequence is long; samples 2, 3 and 5 have none, so
+    that a microbatch of two rows may have none either."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(VOCAB, (SAMPLES, SEQUENCE), generator=generator)
     targets = torch.randint(VOCAB, (SAMPLES, SEQUENCE), generator=generator)
     documents = (torch.rand(SAMPLES, SEQUENCE, generator=generator) < 0.2).int().cumsum(1).int()
     for row in range(SAMPLES):
         targets[row, torch.randperm(SEQUENCE, generator=generator)[: 2 * row]] = -100
-    targets[[2, 5]] = -100
+    targets[[2, 3, 5]] = -100
     return Batch(tokens, targets, documents if packed else None)
 
 
