@@ -27,7 +27,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWor
 
 from megalite.world import World, leave
 
-MOST_RANKS = 8
+MOST_RANKS = 16
 FRAMES = 8
 """Of a rank that waits, so many of the innermost are shown."""
 HERE = threading.local()
@@ -283,6 +283,7 @@ def world_of_thread() -> World | None:
 
 def run_threads(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Results of `function(*arguments)` by rank; it finds its process group joined. AssertionError: what went wrong."""
+    assert world <= MOST_RANKS, f"{world} ranks: there are {MOST_RANKS} threads"
     turns, threads = _Turns(world), _threads()
     with _worlds_of_threads():
         under_way = [threads.submit(_rank, turns, rank, function, arguments) for rank in range(world)]

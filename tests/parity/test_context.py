@@ -21,8 +21,8 @@ from megalite.parallel.context import ContextParallel
 from megalite.parallel.ring import ring_attention, spans_among, zigzag
 from megalite.world import join, world_from_environment
 from tests.kernels.support import random
-from tests.parity.threads import on_threads
-from tests.ranks import run_ranks
+from tests.ranks import joined_world, run_ranks
+from tests.thread_ranks import run_threads
 
 SCALE = 0.4
 LAYOUTS = {"ring": (2, 1), "ulysses": (1, 2), "ring 4": (4, 1), "ulysses 4": (1, 4), "hybrid": (2, 2)}
@@ -92,6 +92,15 @@ def assert_same(actual: list[Tensor], wanted: list[Tensor], bound: float = 1e-12
 
 def meshed(ring: int, ulysses: int, rank: int, tp: int = 1) -> Mesh:
     return Mesh({"pp": 1, "dp": 1, "cp": ring * ulysses, "tp": tp}, rank, ulysses=ulysses)
+
+
+def on_threads(ring: int, ulysses: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+    """Results of `function(communicator, …)` by rank."""
+
+    def on_rank() -> Any:
+        return function(Communicator(meshed(ring, ulysses, joined_world().rank)), *arguments, **options)
+
+    return run_threads(ring * ulysses, on_rank)
 
 
 def on_gloo(ring: int, ulysses: int, cases: list[tuple[list[Tensor], dict[str, Any]]]) -> Any:
@@ -224,7 +233,7 @@ def test_any_spans(data: st.DataObject) -> None:
     bounds = torch.tensor([[data.draw(ends), data.draw(ends)] for _ in range(batch)], dtype=torch.int32)
     low, high = bounds.amin(1), bounds.amax(1)
     tensors = inputs(2, 1, length, batch)
-    by_rank = on_threads([meshed(ranks, 1, rank) for rank in range(ranks)], spans_on_ranks, tensors, low, high)
+    by_rank = on_threads(ranks, 1, spans_on_ranks, tensors, low, high)
     assert_same(joined(by_rank), with_gradients(lambda *qkv: masked_attention(*qkv, low, high), tensors))
 
 
@@ -243,8 +252,7 @@ def test_any_documents_and_window(data: st.DataObject) -> None:
         "softcap": data.draw(st.none() | st.just(1.5)),
     }
     tensors = inputs(heads, key_heads, length, batch)
-    meshes = [meshed(ring, ulysses, rank) for rank in range(ring * ulysses)]
-    assert_same(joined(on_threads(meshes, one_rank, tensors, **mask)), expected(tensors, **mask))
+    assert_same(joined(on_threads(ring, ulysses, one_rank, tensors, **mask)), expected(tensors, **mask))
 
 
 @pytest.mark.parametrize(("ring", "ulysses"), [(2, 1), (2, 2), (4, 2), (3, 1)])
