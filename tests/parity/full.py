@@ -23,8 +23,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.parity.layouts import (
-    BOUNDS, DENSE, SAMPLES, SPARSE, Layout, Task, all_layouts, alone, errors, legal, trained,
-)  # fmt: skip
+    BOUNDS,
+    DENSE,
+    SAMPLES,
+    SPARSE,
+    Layout,
+    Task,
+    all_layouts,
+    alone,
+    errors,
+    legal,
+    trained,
+)
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
