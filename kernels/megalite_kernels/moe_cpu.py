@@ -67,6 +67,8 @@ def _spread(x_ND: Tensor, inverse_NK: Tensor, rows: int) -> tuple[Tensor, Tensor
     slot = place.new_full((rows + 1,), -1)
     slot[place] = torch.arange(len(place))  # -1 falls into the last, which is cut off
     slot = slot[:rows]
+    if not len(x_ND):  # padding alone
+        return x_ND.new_zeros(rows, x_ND.shape[1]), slot
     out = x_ND.index_select(0, slot.clamp(min=0) // max(1, inverse_NK.shape[1]))
     free = (slot < 0).nonzero().flatten()
     return (out.index_fill_(0, free, 0.0) if len(free) else out), slot
@@ -96,6 +98,8 @@ def unpermute_backward(
     grad_y, slot = _spread(grad_ND, inverse_NK, rows)
     if probs_NK is None or y_MD is None:
         return grad_y, grad_ND.new_empty(0)
+    if not len(grad_ND):
+        return grad_y, torch.zeros_like(probs_NK)
     wide = widen(grad_y)
     taken = slot >= 0
     grad_probs = probs_NK.new_zeros(probs_NK.numel())

@@ -150,6 +150,18 @@ def test_gradients_of_rows_and_products() -> None:
     assert gradcheck(lambda y, w, b: reference.grouped_gemm(y, w, offsets, b), (rows, w, bias))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_rows_without_a_token_have_gradients_of_zero(backend: str) -> None:
+    """A rank of experts may have room for rows and get none."""
+    y, probs = random(3, 4).requires_grad_(), random(0, 2).requires_grad_()
+    inverse = torch.empty(0, 2, dtype=torch.int32)
+    out = moe_unpermute(y, inverse, probs, backend=backend)
+    out.sum().backward()
+    assert out.shape == (0, 4)
+    assert torch.equal(y.grad, torch.zeros(3, 4, dtype=y.dtype))
+    assert probs.grad is not None and probs.grad.shape == (0, 2)
+
+
 def drawn(seed: int, tokens: int, k: int, experts: int, elsewhere: bool) -> tuple[Tensor, Tensor]:
     """(x [N, 6], k different experts a token), some of them nobody's."""
     indices = random(tokens, experts, seed=seed).argsort(-1)[:, :k]
