@@ -9,6 +9,7 @@ from typing import Any
 
 from megalite.disk import replace_text
 from megalite.progress import duration, quantity
+from megalite.report.experts import experts_block
 from megalite.report.page import page, section, table, tiles
 from megalite.report.run_folder import Row, RunFolder, number, read_run
 from megalite.report.svg import Series, bar_chart, line_chart, smoothed
@@ -47,6 +48,7 @@ def render(run: RunFolder) -> str:
         tiles(_headlines(run)),
         section("Validation bits per byte", _baseline_block(run)),
         f'<h2>Curves</h2><div class="grid2">{curves}</div>' if curves else "",
+        section("Experts", experts_block(run.metrics)),
         section(
             "Sampled text", f'<div class="scroll"><pre>{html.escape(run.sample)}</pre></div>' if run.sample else ""
         ),

@@ -85,6 +85,26 @@ def bar_chart(title: str, rows: Sequence[tuple[str, float, bool]], unit: str) ->
     return f'<svg class="bars" viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
 
 
+def heat_map(title: str, rows: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """A row of cells for each (label, shares of one): the deeper, the further above even; twice the even share is
+    full."""
+    label_width, cell_height = 80, max(6, min(22, 600 // len(rows)))
+    parts = [f"<title>{html.escape(title)}</title>", _text(0, 14, title, "start", "label bold")]
+    for place, (label, shares) in enumerate(rows):
+        width, y = (WIDTH - label_width) / len(shares), 22 + place * cell_height
+        if cell_height >= 12:
+            parts.append(_text(0, y + cell_height - 5, label, "start"))
+        for number, share in enumerate(shares):
+            times_even = share * len(shares)
+            parts.append(
+                f'<rect class="bar s0" x="{label_width + number * width:.1f}" y="{y}" width="{width:.2f}"'
+                f' height="{cell_height - 1}" fill-opacity="{min(times_even / 2, 1):.2f}">'
+                f"<title>{html.escape(label)}, expert {number}: {times_even:.2f}</title></rect>"
+            )
+    height = 26 + cell_height * len(rows)
+    return f'<svg class="bars" viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
+
+
 def smoothed(values: Sequence[float], span: int) -> list[float]:
     """Mean over a window of about `span` values around each; narrower towards the ends, so that it never lags."""
     sums = list(itertools.accumulate(values, initial=0.0))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megalite.errors import UserError
+from megalite.report.experts import experts_block
 from megalite.report.run_report import summary, write_report
 from megalite.report.svg import MAX_POINTS, Series, bar_chart, line_chart, log_ticks, short, smoothed, ticks
 
@@ -240,3 +241,28 @@ def test_smoothing_neither_lags_nor_moves_the_ends() -> None:
     line: list[Any] = [float(n) for n in range(100)]
     assert smoothed(line, 20) == pytest.approx(line)
     assert smoothed([3.0], 10) == [3.0]
+
+
+def routed(step: int, *loads: list[float]) -> dict[str, Any]:
+    layers = {
+        str(n): {"load": load, "imbalance": max(load) * len(load), "dropped": 0.1, "entropy": 0.5}
+        for n, load in enumerate(loads)
+    }
+    return {"step": step, "experts": {"layers": layers}}
+
+
+def test_experts_are_shown_as_a_heat_map() -> None:
+    block = experts_block([routed(1, [0.5, 0.5], [1.0, 0.0]), routed(2, [0.25, 0.75], [0.5, 0.5])])
+    page = Page(block)
+    assert "Load of each expert in step 2" in page.text
+    cells = [attributes for tag, attributes in page.tags if tag == "rect"]
+    assert [cell["fill-opacity"] for cell in cells] == ["0.25", "0.75", "0.50", "0.50"]
+    assert "layer 1, expert 0: 1.00" in page.text
+    assert "Share of slots dropped" in page.text
+
+
+@pytest.mark.parametrize("experts", [None, 7, [], {}, {"layers": 3}, {"layers": {"0": 1}}, {"layers": {"0": {}}},
+    {"layers": {"0": {"load": ["x"], "imbalance": 1, "dropped": 0, "entropy": 1}}}, {"layers": {"<b>": {"load": []}}},
+])  # fmt: skip
+def test_what_is_no_record_of_experts_is_left_out(experts: Any) -> None:
+    assert experts_block([{"step": 1, "experts": experts}]) == ""
