@@ -15,10 +15,12 @@ from megalite_kernels.loss import CHUNK_LOGITS, CHUNK_ROWS, GPU_CHUNK_LOGITS
 
 from megalite.config.schema import Config, ModelConfig
 from megalite.model.size import (
+    expert_ffn,
     gated,
     head_dim,
     kv_heads,
     latent,
+    moe_layers,
     parameter_counts,
     query_dim,
     rotary_dim,
@@ -88,7 +90,7 @@ def predict(
     if config.optim.name == "muon":  # matrices keep one moment, everything else AdamW's two
         moments = 2 - counts.matrices / counts.total
     copies = 0 if compute == main else main.itemsize
-    layer = kept_per_token(model, compute.itemsize, config.recompute.mode, parallel.tp, parallel.sp)
+    layer = kept_per_token(model, compute.itemsize, config.recompute.mode, parallel.tp, parallel.sp, parallel.etp)
     kept = share.kept_layers * layer
     ends = 2 * model.hidden * compute.itemsize + 3 * 8  # final norm's input and output; tokens, targets
     if model.position == "rope":
@@ -105,13 +107,14 @@ def predict(
     )
 
 
-def kept_per_token(model: ModelConfig, size: int, recompute: str, tp: int = 1, sp: bool = False) -> float:
+def kept_per_token(model: ModelConfig, size: int, recompute: str, tp: int = 1, sp: bool = False, etp: int = 1) -> float:
     """Bytes that one layer keeps for backward, a token; `size`: bytes of an activation element.
 
     The residual stream before each sublayer, each projection's input, queries, keys and values after RoPE, the MLP's
     inner values; float32 statistics of norms and attention.
     """
     hidden, stream = model.hidden, model.hidden / (tp if sp else 1)  # the residual stream is spread with sp only
+    again = recompute in ("activation", "selective")
     if recompute == "full":
         return stream * size
     heads = model.heads / tp
@@ -120,12 +123,14 @@ def kept_per_token(model: ModelConfig, size: int, recompute: str, tp: int = 1, s
     elements, other = (_latent_attention_kept if latent(model) else _attention_kept)(model, tp, tp if sp else 1)
     elements += hidden + 2 * stream * (before + after)  # the MLP's input; a norm keeps its own
     other += 2 * statistics * (before + after) + SPANS
-    inner: float = _mlp_kept(model) / tp
+    sparse = moe_layers(model) / model.layers
+    inner = (1 - sparse) * _mlp_kept(model, model.ffn, again) / tp
+    if sparse:
+        routed, notes = _experts_kept(model, size, again, tp, etp)
+        inner, other = inner + sparse * routed, other + sparse * notes
     attention_statistics: float = 4 * heads
     if model.attention_sinks:  # what the sinks take their share of
         attention_statistics += heads * (4 + value_dim(model) * size)
-    if recompute in ("activation", "selective"):
-        inner -= model.ffn / tp
     if recompute == "selective":
         attention_statistics = 0
     return (elements + inner) * size + other + attention_statistics
@@ -158,11 +163,20 @@ def _latent_attention_kept(model: ModelConfig, tp: int, spread: int) -> tuple[fl
     return elements + model.hidden * (spread > 1), 4 / spread
 
 
-def _mlp_kept(model: ModelConfig) -> int:
-    """Elements: what the activation reads, and what it hands to the down projection."""
-    if model.activation == "relu2":
-        return 3 * model.ffn  # max(x, 0) is kept by the square besides
-    return (3 if gated(model) else 2) * model.ffn
+def _mlp_kept(model: ModelConfig, ffn: int, again: bool) -> float:
+    """Elements: what the activation reads, and what it hands to the down projection unless that is computed `again`."""
+    kept = 3 if gated(model) or model.activation == "relu2" else 2  # relu2: max(x, 0) is kept by the square besides
+    return (kept - again) * ffn
+
+
+def _experts_kept(model: ModelConfig, size: int, again: bool, tp: int, etp: int) -> tuple[float, float]:
+    """Elements: rows as experts get them and give them back, and their inner values; the shared expert's. Bytes: of
+    the router's input and scores, in its own precision, and its choice. With an even load, whatever ep is."""
+    moe, wide = model.moe, max(size, 8 if model.moe.router_dtype == "fp64" else 4)
+    rows = moe.top_k / tp * (2 * model.hidden * etp + _mlp_kept(model, expert_ffn(model), again))
+    scores = 1 + bool(moe.aux_loss) + bool(moe.z_loss)
+    notes = (wide > size) * model.hidden * wide + scores * moe.experts * wide + moe.top_k * (8 + 4 + 2 * wide)
+    return rows + _mlp_kept(model, moe.shared_ffn, again) / tp, notes / tp
 
 
 def _transient(config: Config, vocab: int, tokens: int, compute: torch.dtype, last: bool, on_gpu: bool) -> float:
@@ -175,7 +189,7 @@ def _transient(config: Config, vocab: int, tokens: int, compute: torch.dtype, la
     handed_on = (tokens + vocab) * model.hidden * compute.itemsize
     again = 0.0
     if config.recompute.mode == "full":
-        again = tokens * kept_per_token(model, compute.itemsize, "none", parallel.tp, parallel.sp)
+        again = tokens * kept_per_token(model, compute.itemsize, "none", parallel.tp, parallel.sp, parallel.etp)
     return max(((1 + model.mtp) * gradients + max(chunk, handed_on)) * last, again)
 
 
