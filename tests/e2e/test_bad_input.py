@@ -64,7 +64,15 @@ CONFIGURATION = {
     "missing configuration file": (["train", "--config-dir", ".", "--config-name", "mine"], "mine.yaml: no such file"),
     "batch not divisible": (["train", "train.global_batch=10"], "nearest: 8 or 12"),
     "ranks that are not there": (["train", "parallel.dp=3", "train.global_batch=12"], "this job has 1"),
-    "a layout not built": (["train", "parallel.ep=2"], "parallel.ep=2: not built yet"),
+    "ranks for experts that are not there": (
+        ["train", "parallel.ep=2"],
+        "parallel.ep=2: spreads experts, and the model has none",
+    ),
+    "key heads beside latents": (
+        ["train", "model.mla.kv_rank=8", "model.kv_heads=3"],
+        "model.kv_heads=3: model.mla gives",
+    ),
+    "tokens past the end": (["train", "model.mtp=512"], "model.mtp=512: looks past the end of a sequence"),
     "more ranks than processes": (["train", "parallel.tp=2"], "parallel.tp=2: pp 1 x cp 1 x tp 2 is 2 ranks a replica"),
     "heads that do not divide": (["train", "model.heads=7"], "nearest: 4, 6, 8"),
     "warm-up longer than the run": (["train", "train.steps=5", "optim.warmup_steps=9"], "at most 5"),
