@@ -12,12 +12,14 @@ from torch import Tensor
 
 from megalite_kernels import reference
 from megalite_kernels.attention_blocks import (
+    LN2,
     add_sinks,
     attention_backward,
     attention_forward,
     visible_spans,
 )
 from megalite_kernels.dispatch import choose
+from megalite_kernels.tuning import Tuned
 
 __all__ = ["add_sinks", "attention", "attention_backward", "attention_forward", "visible_spans"]
 
@@ -39,6 +41,7 @@ def attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     deterministic: bool = False,
+    tuned: Tuned | None = None,
     backend: str = "auto",
 ) -> Any:
     """softmax(mask(cap(scale · q kᵀ))) v -> [B, S, H, E], with the log-sum-exp [B, H, S] if asked; all of it is in
@@ -46,8 +49,9 @@ def attention(
 
     documents[B, S]: document number of each position, never decreasing along a row; needs T == S. cu_seqlens: int32
     or int64; the longest documents, `max_seqlen_q` and `max_seqlen_k`, help flash-attn. sinks [H] take their gradient.
-    q, k, v: one dtype and device. `deterministic`: the same gradients every time, also
-    asked for by torch.use_deterministic_algorithms; all but flash-attn's and PyTorch's on a GPU are.
+    q, k, v: one dtype and device. `deterministic`: the same gradients every time, also asked for by
+    torch.use_deterministic_algorithms; all but flash-attn's and PyTorch's on a GPU are. `tuned`: measured tiles for
+    the Triton kernels.
     Raises ValueError for tensors that do not belong together, or a backend that cannot do this.
     """
     packed = cu_seqlens_q is not None
@@ -86,10 +90,14 @@ def attention(
         longest = (max_seqlen_q or queries, max_seqlen_k or keys)
         out = flash(chosen, q, k, v, scale, causal, window, softcap, sinks, of_q, of_k, longest, deterministic)
         return out[0] if packed else out
-    out, lse = _ours(chosen, q, k, v, scale, causal, window, softcap or 0.0, documents, sinks, of_q, of_k)
+    sizes = (q.shape[3], v.shape[3], queries, keys)
+    tiles = None if tuned is None else tuned.tiles("attention", q.dtype, sizes)
+    out, lse = _ours(chosen, q, k, v, scale, causal, window, softcap or 0.0, documents, sinks, of_q, of_k, tiles)
     if packed:
         out, lse = out[0], lse[0]
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    return out, lse * LN2 if chosen == "triton" else lse
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, sinks: Tensor | None) -> None:
@@ -119,16 +127,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor
 
 def _ours(
     chosen: str, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None, softcap: float,
-    documents: Tensor | None, sinks: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
+    documents: Tensor | None, sinks: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, tiles: list[int] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, log-sum-exp) by the Triton kernels, the C kernels or blocks of queries."""
+    """(out, log-sum-exp) by the Triton kernels, whose log-sum-exp is in base 2, the C kernels or blocks of queries."""
     keys, back = k.shape[1], -1 if window is None else window
     if chosen == "triton" and documents is None and cu_q is None:
         from megalite_kernels.gpu.attention import attention as triton_attention
         from megalite_kernels.gpu.attention import band
 
         mask = band(q.shape[1], keys, causal, window)
-        result = triton_attention(q, k, v, sinks, None, None, mask.shift_low, mask.shift_high, scale, softcap)
+        result = triton_attention(q, k, v, sinks, None, None, mask.shift_low, mask.shift_high, scale, softcap, tiles)
         return result[0], result[1]
     if cu_q is not None and cu_k is not None:
         low, high = torch.ops.megalite.packed_spans(cu_q, cu_k, q.shape[1], keys, causal, back)
@@ -137,7 +145,7 @@ def _ours(
     if chosen == "triton":
         from megalite_kernels.gpu.attention import attention as triton_attention
 
-        result = triton_attention(q, k, v, sinks, low, high, 0, 0, scale, softcap)
+        result = triton_attention(q, k, v, sinks, low, high, 0, 0, scale, softcap, tiles)
         return result[0], result[1]
     out, lse = torch.ops.megalite.attention(q, k, v, low, high, scale, softcap, chosen)
     return (out, lse) if sinks is None else add_sinks(out, lse, sinks)

@@ -16,6 +16,8 @@ from megalite_kernels import native
 from megalite_kernels.attention_choice import choose_for_spans
 from megalite_kernels.reference import accumulation_dtype
 
+LN2 = math.log(2.0)
+"""The Triton kernels keep log-sum-exps in base 2."""
 SCORES_IN_BLOCK = 1 << 22
 """Elements of the largest block of scores the PyTorch route makes at once (16 MiB in float32)."""
 
@@ -91,7 +93,8 @@ def attention_forward(
         from megalite_kernels.gpu.attention import Mask, forward
 
         mask = Mask(0, 0, low_BS, high_BS)
-        return forward(q.contiguous(), k.contiguous(), v.contiguous(), None, mask, scale, softcap)
+        out, lse = forward(q.contiguous(), k.contiguous(), v.contiguous(), None, mask, scale, softcap)
+        return out, lse * LN2
     if taken == "native":
         same_q, same_k, same_v = _one_width(q, k, v)
         out, lse = native.attention_forward(same_q, same_k, same_v, low_BS, high_BS, scale, softcap)
@@ -119,8 +122,8 @@ def attention_backward(
 
         mask = Mask(0, 0, low_BS, high_BS)
         return backward(
-            q.contiguous(), k.contiguous(), v.contiguous(), None, out.contiguous(), lse.contiguous(),
-            grad_out.contiguous(), grad_lse, mask, scale, softcap,
+            q.contiguous(), k.contiguous(), v.contiguous(), None, out.contiguous(), lse.contiguous() / LN2,
+            grad_out.contiguous(), None if grad_lse is None else grad_lse * LN2, mask, scale, softcap,
         )[:3]  # fmt: skip
     if taken == "native":
         *same, same_out, same_grad = _one_width(q, k, v, out, grad_out)

@@ -20,6 +20,7 @@ from torch import Tensor
 from megalite_kernels import moe_cpu, reference
 from megalite_kernels.dispatch import choose
 from megalite_kernels.reference.moe import SCORES
+from megalite_kernels.tuning import Tuned
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -124,12 +125,19 @@ def moe_unpermute(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None = No
 
 
 def grouped_gemm(
-    x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None = None, *, backend: str = "auto"
+    x_MD: Tensor,
+    w_EDF: Tensor,
+    offsets: Tensor,
+    bias_EF: Tensor | None = None,
+    *,
+    tuned: Tuned | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Rows offsets[e] to offsets[e + 1] of x times w[e], plus bias[e] -> [M, F]; rows from offsets[E] on are zero.
 
     offsets: [E + 1] int32 from 0, rising, at most M. A weight kept as [E, F, D], as F.linear's are, goes in as its
     transpose, without a copy. Differentiable by all three; an expert without rows has a gradient of zero.
+    `tuned`: tiles for Triton's kernels that were measured.
     Raises ValueError for tensors that don't belong together.
     """
     fits = x_MD.dim() == 2 and w_EDF.dim() == 3 and x_MD.shape[1] == w_EDF.shape[1] and x_MD.dtype == w_EDF.dtype
@@ -148,10 +156,12 @@ def grouped_gemm(
         return into
     if chosen == "triton":
         from megalite_kernels.gpu.grouped_gemm import grouped_gemm as product
-    else:
-        product = moe_cpu.grouped_gemm
-    y: Tensor = product(x_MD, w_EDF, offsets, bias_EF)
-    return y
+
+        sizes = (len(x_MD), *w_EDF.shape)
+        tiles = None if tuned is None else tuned.tiles("grouped_gemm", x_MD.dtype, sizes)
+        y: Tensor = product(x_MD, w_EDF, offsets, bias_EF, tiles)
+        return y
+    return moe_cpu.grouped_gemm(x_MD, w_EDF, offsets, bias_EF)
 
 
 class _GroupedMM(torch.autograd.Function):

@@ -5,13 +5,13 @@ torch.compile is not broken by the reading.
 """
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megalite_kernels.capability import emulate_bf16_on_cpu
+from megalite_kernels.moe_gradients import products, there_and_back
 from megalite_kernels.reference.moe import TINY, outside_top_groups, sorted_places, sorted_rows
 from megalite_kernels.reference.wide import widen
 
@@ -52,15 +52,6 @@ def permute(
     return _spread(x_ND, inverse, rows)[0], offsets, inverse
 
 
-@permute.register_fake
-def _(
-    x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int, rows: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    offsets = indices_NK.new_empty(experts + 1, dtype=torch.int32)
-    rows = sorted_rows(indices_NK.numel(), experts, pad_to) if rows is None else rows
-    return x_ND.new_empty((rows, x_ND.shape[1])), offsets, offsets.new_empty(indices_NK.shape)
-
-
 def _spread(x_ND: Tensor, inverse_NK: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """(a copy of its token's row at every slot's place, slot of each row); zeros, and -1, where there is none."""
     place = inverse_NK.flatten().long()
@@ -85,11 +76,6 @@ def unpermute(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None) -> Tens
     return F.embedding_bag(inverse_NK, y, mode="sum", per_sample_weights=weights).to(y_MD.dtype)
 
 
-@unpermute.register_fake
-def _(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None) -> Tensor:
-    return y_MD.new_empty((inverse_NK.shape[0], y_MD.shape[1]))
-
-
 @torch.library.custom_op("megalite::cpu_moe_unpermute_backward", mutates_args=())
 def unpermute_backward(
     grad_ND: Tensor, inverse_NK: Tensor, rows: int, probs_NK: Tensor | None, y_MD: Tensor | None
@@ -108,14 +94,6 @@ def unpermute_backward(
     return wide.mul_(prob[:, None]).to(grad_ND.dtype), grad_probs.view(probs_NK.shape)
 
 
-@unpermute_backward.register_fake
-def _(
-    grad_ND: Tensor, inverse_NK: Tensor, rows: int, probs_NK: Tensor | None, y_MD: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    grad_probs = grad_ND.new_empty(0) if probs_NK is None else torch.empty_like(probs_NK)
-    return grad_ND.new_empty((rows, grad_ND.shape[1])), grad_probs
-
-
 @torch.library.custom_op("megalite::cpu_grouped_gemm", mutates_args=())
 def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None) -> Tensor:
     """`grouped_gemm`."""
@@ -125,11 +103,6 @@ def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor |
         _product(x_MD[first:last], w_EDF[expert], y[first:last], None if bias_EF is None else bias_EF[expert])
     y[ends[-1] :] = 0.0
     return y
-
-
-@grouped_gemm.register_fake
-def _(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None) -> Tensor:
-    return x_MD.new_empty((x_MD.shape[0], w_EDF.shape[2]))
 
 
 @torch.library.custom_op("megalite::cpu_grouped_gemm_weights", mutates_args=())
@@ -142,20 +115,10 @@ def grouped_gemm_weights(x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_ED
     return out
 
 
-@grouped_gemm_weights.register_fake
-def _(x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_EDF: Tensor) -> Tensor:
-    return torch.empty_like(like_EDF)
-
-
 @torch.library.custom_op("megalite::cpu_grouped_gemm_bias", mutates_args=())
 def grouped_gemm_bias(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     """Each expert's sum over its rows, [E, F]."""
     return torch.stack([widen(grad_MF[a:b]).sum(0) for a, b in pairwise(offsets.tolist())]).to(dtype)
-
-
-@grouped_gemm_bias.register_fake
-def _(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad_MF.new_empty((offsets.shape[0] - 1, grad_MF.shape[1]), dtype=dtype)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
@@ -168,41 +131,5 @@ def _product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> N
         torch.mm(a, b, out=out)
 
 
-def _save_permute(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[2])
-
-
-def _differentiate_permute(ctx: Any, grad_sorted: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return torch.ops.megalite.cpu_moe_unpermute(grad_sorted, ctx.saved_tensors[0], None), None, None, None, None
-
-
-def _save_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, inverse, probs = inputs
-    ctx.rows = len(y)
-    ctx.save_for_backward(inverse, probs, None if probs is None else y)
-
-
-def _differentiate_unpermute(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inverse, probs, y = ctx.saved_tensors
-    grad_y, grad_probs = torch.ops.megalite.cpu_moe_unpermute_backward(grad, inverse, ctx.rows, probs, y)
-    return grad_y, None, None if probs is None else grad_probs
-
-
-def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.bias_dtype = None if inputs[3] is None else inputs[3].dtype
-
-
-def _differentiate_product(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, w, offsets = ctx.saved_tensors
-    need_x, need_w, _, need_bias = ctx.needs_input_grad
-    ops = torch.ops.megalite
-    grad_x = ops.cpu_grouped_gemm(grad, w.transpose(1, 2), offsets, None) if need_x else None
-    grad_w = ops.cpu_grouped_gemm_weights(x, grad, offsets, w) if need_w else None
-    grad_bias = ops.cpu_grouped_gemm_bias(grad, offsets, ctx.bias_dtype) if need_bias else None
-    return grad_x, grad_w, None, grad_bias
-
-
-permute.register_autograd(_differentiate_permute, setup_context=_save_permute)
-unpermute.register_autograd(_differentiate_unpermute, setup_context=_save_unpermute)
-grouped_gemm.register_autograd(_differentiate_product, setup_context=_save_product)
+there_and_back(permute, unpermute, unpermute_backward)
+products(grouped_gemm, grouped_gemm_weights, grouped_gemm_bias)

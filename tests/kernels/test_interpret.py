@@ -138,3 +138,18 @@ def test_launches_can_go_elsewhere_and_come_back() -> None:
     finally:
         elsewhere.reset(token)
     assert memory.tolist() == [10, 11, 24, 26, 8, 10, 6, 7]
+
+
+@pytest.mark.parametrize("dtype", (*NARROW, torch.float32), ids=str)
+def test_a_products_elements_do_not_depend_on_how_it_lies(dtype: torch.dtype) -> None:
+    """Attention's way back makes the scores anew, turned; what is far below 1 must not become e to a difference."""
+    a, b = ((torch.randn(32, 32, generator=torch.Generator().manual_seed(seed)) * 9).to(dtype) for seed in (0, 1))
+    c, turned = torch.empty(32, 32), torch.empty(32, 32)
+    launch(_product, (1,), a, b, c, SIZE=32)
+    launch(_product, (1,), b.T.contiguous(), a.T.contiguous(), turned, SIZE=32)
+    assert torch.equal(c, turned.T)
+    if dtype == torch.float32:
+        total = torch.zeros(32, 32)
+        for k in range(32):  # float64 holds a product of float32 exactly: a fused multiply-add
+            total = (a[:, k, None].double() * b[None, k].double() + total.double()).float()
+        assert torch.equal(c, total)

@@ -1,9 +1,12 @@
-"""Attention backward (arXiv:2307.08691), without atomics: probabilities are computed again from the log-sum-exp.
+"""Attention backward (arXiv:2307.08691), without atomics: probabilities are computed again from the log-sum-exp,
+which is in base 2 throughout, as the scores are.
 
 Three kernels. `_deltas`: of every row Σ out · grad out - grad lse, which is what the softmax takes from each gradient,
 and the sinks' gradients. `_keys_and_values`: a program owns a tile of one key head and walks the queries that see it,
 over all query heads of the group, so sums happen in one order. `_queries`: a program owns a tile of queries.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from megalite_kernels.gpu.attention_config import config_keys, config_queries
 from megalite_kernels.gpu.attention_tiles import (
+    LOG2E,
     Mask,
     borders,
     describable,
@@ -27,6 +31,7 @@ from megalite_kernels.gpu.attention_tiles import (
 )
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
+from megalite_kernels.tuning import part
 
 ROWS = 64
 """Queries of a program of `_deltas`."""
@@ -49,12 +54,12 @@ def _deltas(
     at = (batch.to(tl.int64) * heads + head) * queries + row
     delta = tl.sum(out * grad, axis=1)
     if GRAD_LSE:
-        delta -= tl.load(grad_lse_ptr + at, mask=inside, other=0.0)
+        delta -= tl.load(grad_lse_ptr + at, mask=inside, other=0.0) * LOG2E
     tl.store(delta_ptr + at, delta, mask=inside)
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32)
         lse = tl.load(lse_ptr + at, mask=inside, other=float("inf"))
-        weight = tl.exp2((sink - lse) * 1.4426950408889634)
+        weight = tl.exp2(sink * LOG2E - lse)
         tl.store(grad_sinks_ptr + place, -tl.sum(tl.where(inside, weight * delta, 0.0), axis=0))
 
 
@@ -100,9 +105,8 @@ def _walk_queries(
         products = tl.dot(k, tl.trans(q_MD), input_precision="ieee")
         grad_weights = tl.dot(v, tl.trans(grad_ME), input_precision="ieee")
         weights, grad = _scores_gradient(
-            products, grad_weights, lse[None, :] * 1.4426950408889634, delta[None, :], seen, factor, cap,
-            SOFTCAP, MASKED,
-        )  # fmt: skip
+            products, grad_weights, lse[None, :], delta[None, :], seen, factor, cap, SOFTCAP, MASKED
+        )
         grad_v = tl.dot(weights.to(grad_ME.dtype), grad_ME, grad_v, input_precision="ieee")
         grad_k = tl.dot(grad.to(q_MD.dtype), q_MD, grad_k, input_precision="ieee")
     return grad_k, grad_v
@@ -185,7 +189,7 @@ def _queries(
     start, full, rest, stop = borders(row, queries, keys, low, high, N, STARTS_LATE)
 
     at = (batch.to(tl.int64) * heads + head) * queries + row
-    lse = tl.load(lse_ptr + at, mask=row < queries, other=0.0) * 1.4426950408889634
+    lse = tl.load(lse_ptr + at, mask=row < queries, other=0.0)
     delta = tl.load(delta_ptr + at, mask=row < queries, other=0.0)
     q_MD = tile(q_ptr, batch, first, head, queries, heads, D, M, BLOCK_D, False, False)
     grad_ME = tile(grad_out_ptr, batch, first, head, queries, heads, E, M, BLOCK_E, False, False)
@@ -217,7 +221,7 @@ def deltas(
 
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, lse_BHS: Tensor, delta_BHS: Tensor, grad_out: Tensor, mask: Mask, scale: float,
-    softcap: float, chip: Chip | None = None,
+    softcap: float, chip: Chip | None = None, tiles: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
     batch, queries, heads, dim = q.shape
@@ -232,14 +236,15 @@ def gradients(
     }  # fmt: skip
 
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    options, back = config_keys(chip, q.dtype, dim, value_dim), mask.transposed(keys)
+    options = part("attention", tiles, 1) or config_keys(chip, q.dtype, dim, value_dim)
+    back = mask.transposed(keys)
     q_walked, grad_walked = (operand(x, options["M"], descriptors) for x in (q, grad_out))
     launch(
         _keys_and_values, (triton.cdiv(keys, options["N"]) * key_heads * batch,), q_walked, k, v, grad_walked, lse_BHS,
         delta_BHS, back.low, back.high, grad_k, grad_v, *sizes, back.shift_low, back.shift_high, scale, factor, cap,
         STARTS_LATE=back.starts_late, **shared, **options,
     )  # fmt: skip
-    options = config_queries(chip, q.dtype, dim, value_dim)
+    options = part("attention", tiles, 2) or config_queries(chip, q.dtype, dim, value_dim)
     walked = [operand(x, options["N"], descriptors) for x in (k, v)]
     launch(
         _queries, (triton.cdiv(queries, options["M"]) * heads * batch,), q, *walked, grad_out, lse_BHS, delta_BHS,
@@ -252,7 +257,8 @@ def gradients(
 def backward(
     q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor | None, out: Tensor, lse_BHS: Tensor, grad_out: Tensor,
     grad_lse_BHS: Tensor | None, mask: Mask, scale: float, softcap: float, chip: Chip | None = None,
+    tiles: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v and the sinks, from what `forward` got and gave. All contiguous; both of lse float32."""
     delta, grad_sinks = deltas(out, grad_out, lse_BHS, grad_lse_BHS, sinks_H)
-    return *gradients(q, k, v, lse_BHS, delta, grad_out, mask, scale, softcap, chip), grad_sinks
+    return *gradients(q, k, v, lse_BHS, delta, grad_out, mask, scale, softcap, chip, tiles), grad_sinks

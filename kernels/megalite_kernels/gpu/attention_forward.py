@@ -1,8 +1,11 @@
 """Attention forward (arXiv:2307.08691): a program walks the keys that a tile of queries sees with a running
 softmax.
 
-Products accumulate in float32. Of every row the log-sum-exp is kept, which is all the way back needs.
+Products accumulate in float32. Of every row the log-sum-exp is kept, which is all the way back needs: in base 2, as the
+scores are, since a change of base would round it, and the way back takes e to the power of that error.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from megalite_kernels.gpu.attention_config import config
 from megalite_kernels.gpu.attention_tiles import (
+    LOG2E,
     Mask,
     borders,
     describable,
@@ -26,6 +30,7 @@ from megalite_kernels.gpu.attention_tiles import (
 )
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
+from megalite_kernels.tuning import part
 
 
 @triton.jit
@@ -75,7 +80,7 @@ def _forward(
     q_MD = tile(q_ptr, batch, first, head, queries, heads, D, M, BLOCK_D, False, False)
     acc = tl.zeros([M, BLOCK_E], tl.float32)
     if SINKS:  # a logit without a value, seen by all
-        top = tl.zeros([M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+        top = tl.zeros([M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     else:
         top = tl.full([M], float("-inf"), tl.float32)
@@ -91,19 +96,19 @@ def _forward(
     blind = total == 0.0
     some = tl.where(blind, 1.0, total)
     store_tile(out_ptr, acc / some[:, None], batch, first, head, queries, heads, E, M, BLOCK_E)
-    lse = tl.where(blind, float("-inf"), (top + tl.log2(some)) * 0.6931471805599453)
+    lse = tl.where(blind, float("-inf"), top + tl.log2(some))
     tl.store(lse_ptr + (batch.to(tl.int64) * heads + head) * queries + row, lse, mask=row < queries)
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor | None, mask: Mask, scale: float, softcap: float,
-    chip: Chip | None = None,
+    chip: Chip | None = None, tiles: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out [B, S, H, E], float32 log-sum-exp [B, H, S]) of contiguous tensors; letters as in attention_tiles."""
+    """(out [B, S, H, E], float32 log-sum-exp in base 2 [B, H, S]) of contiguous tensors; letters: attention_tiles."""
     batch, queries, heads, dim = q.shape
     keys, key_heads, value_dim = v.shape[1:]
     chip = chip or chip_of(q.device)
-    options = config(chip, q.dtype, dim, value_dim)
+    options = part("attention", tiles, 0) or config(chip, q.dtype, dim, value_dim)
     out = q.new_empty((batch, queries, heads, value_dim))
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     descriptors = describable(chip, q, k, v)

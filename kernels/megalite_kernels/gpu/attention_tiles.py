@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megalite_kernels.gpu.chips import Chip
 
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
 FAR = 1 << 30
 """A shift that no row is long enough to feel."""
 
@@ -191,4 +191,4 @@ def logits(products, factor, cap, SOFTCAP: tl.constexpr):
 
 def factors(scale: float, softcap: float) -> tuple[float, float]:
     """(factor, cap) for `logits`; softcap 0: none."""
-    return (scale / softcap, softcap * LOG2E) if softcap > 0 else (scale * LOG2E, 0.0)
+    return (scale / softcap, softcap * LOG2E.value) if softcap > 0 else (scale * LOG2E.value, 0.0)

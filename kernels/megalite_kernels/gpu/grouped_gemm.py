@@ -6,7 +6,7 @@ empty, and each program finds its expert by itself. The rows after the last expe
 whose result is zero. Strides let one kernel multiply by weights and by their transposes.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
+from megalite_kernels.moe_gradients import products
+from megalite_kernels.tuning import part
 
 NEIGHBOURS = tl.constexpr(8)
 """Tiles of rows whose programs run next to each other, so that they find an expert's weight in the cache."""
@@ -120,26 +122,30 @@ def _sums(grad_ptr, offsets_ptr, out_ptr, width, ROWS: tl.constexpr, BLOCK: tl.c
 
 
 def rows(
-    x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None = None, chip: Chip | None = None
-) -> Tensor:
+    x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None = None, chip: Chip | None = None,
+    tiles: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
     """y [M, F] = x · w + bias of each row's expert, of contiguous x and any strides of w."""
     (count, depth), (experts, _, width) = x_MD.shape, w_EDF.shape
     y = x_MD.new_empty((count, width))
-    options = config(chip or chip_of(x_MD.device), x_MD.dtype, count, experts)
-    tiles = count // options["BM"] + experts + 1 if count else 0
+    options = part("grouped_gemm", tiles, 0) or config(chip or chip_of(x_MD.device), x_MD.dtype, count, experts)
+    down = count // options["BM"] + experts + 1 if count else 0
     launch(
-        _rows, (tiles * triton.cdiv(width, options["BN"]),), x_MD, w_EDF, bias_EF, offsets, y, count, depth, width,
-        experts, tiles, *w_EDF.stride(), EXPERTS=triton.next_power_of_2(experts + 1), BIAS=bias_EF is not None,
+        _rows, (down * triton.cdiv(width, options["BN"]),), x_MD, w_EDF, bias_EF, offsets, y, count, depth, width,
+        experts, down, *w_EDF.stride(), EXPERTS=triton.next_power_of_2(experts + 1), BIAS=bias_EF is not None,
         **options,
     )  # fmt: skip
     return y
 
 
-def weights(x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_EDF: Tensor, chip: Chip | None = None) -> Tensor:
+def weights(
+    x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_EDF: Tensor, chip: Chip | None = None,
+    tiles: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
     """Each expert's xᵀ · grad over its rows, with the strides of `like`; zero where it has none."""
     experts, depth, width = like_EDF.shape
     out = torch.empty_like(like_EDF)
-    options = weight_config(chip or chip_of(x_MD.device), x_MD.dtype)
+    options = part("grouped_gemm", tiles, 1) or weight_config(chip or chip_of(x_MD.device), x_MD.dtype)
     grid = (triton.cdiv(depth, options["BD"]) * triton.cdiv(width, options["BF"]), experts)
     launch(_weights, grid, x_MD, grad_MF, offsets, out, depth, width, *out.stride(), **options)
     return out
@@ -154,24 +160,19 @@ def sums(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("megalite::triton_grouped_gemm", mutates_args=())
-def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None) -> Tensor:
-    """`rows`, differentiable."""
-    return rows(x_MD.contiguous(), w_EDF, offsets, None if bias_EF is None else bias_EF.contiguous())
-
-
-@grouped_gemm.register_fake
-def _(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None) -> Tensor:
-    return x_MD.new_empty((x_MD.shape[0], w_EDF.shape[2]))
+def grouped_gemm(
+    x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None, tiles: Sequence[int] | None = None
+) -> Tensor:
+    """`rows`, differentiable. `tiles`: see tuning."""
+    bias = None if bias_EF is None else bias_EF.contiguous()
+    return rows(x_MD.contiguous(), w_EDF, offsets, bias, tiles=tiles)
 
 
 @torch.library.custom_op("megalite::triton_grouped_gemm_weights", mutates_args=())
-def grouped_gemm_weights(x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_EDF: Tensor) -> Tensor:
-    return weights(x_MD.contiguous(), grad_MF.contiguous(), offsets, like_EDF)
-
-
-@grouped_gemm_weights.register_fake
-def _(x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_EDF: Tensor) -> Tensor:
-    return torch.empty_like(like_EDF)
+def grouped_gemm_weights(
+    x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_EDF: Tensor, tiles: Sequence[int] | None = None
+) -> Tensor:
+    return weights(x_MD.contiguous(), grad_MF.contiguous(), offsets, like_EDF, tiles=tiles)
 
 
 @torch.library.custom_op("megalite::triton_grouped_gemm_bias", mutates_args=())
@@ -179,24 +180,4 @@ def grouped_gemm_bias(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> T
     return sums(grad_MF.contiguous(), offsets, dtype)
 
 
-@grouped_gemm_bias.register_fake
-def _(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad_MF.new_empty((offsets.shape[0] - 1, grad_MF.shape[1]), dtype=dtype)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.bias_dtype = None if inputs[3] is None else inputs[3].dtype
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, w, offsets = ctx.saved_tensors
-    need_x, need_w, _, need_bias = ctx.needs_input_grad
-    ops = torch.ops.megalite
-    grad_x = ops.triton_grouped_gemm(grad, w.transpose(1, 2), offsets, None) if need_x else None
-    grad_w = ops.triton_grouped_gemm_weights(x, grad, offsets, w) if need_w else None
-    grad_bias = ops.triton_grouped_gemm_bias(grad, offsets, ctx.bias_dtype) if need_bias else None
-    return grad_x, grad_w, None, grad_bias
-
-
-grouped_gemm.register_autograd(_differentiate, setup_context=_save)
+products(grouped_gemm, grouped_gemm_weights, grouped_gemm_bias)

@@ -2,8 +2,9 @@
 
 Triton's own interpreter must be chosen by an environment variable before `import triton`, truncates to bf16, computes
 bf16 on its bit patterns and rounds FP8 wrongly. Here a single kernel is interpreted in an ordinary process, casts are
-PyTorch's (round to nearest even, FP8 saturating as `cvt.rn.satfinite` does), and products of narrow types accumulate in
-float32. Private names of Triton are used: tests/kernels/test_interpret.py checks every code of every narrow type.
+PyTorch's (round to nearest even, FP8 saturating as `cvt.rn.satfinite` does), and products are summed in float32, in
+the order of hardware. Private names of Triton are used: tests/kernels/test_interpret.py checks every code of every
+narrow type.
 
 Left as Triton has it, and so forbidden in our kernels: reductions and elementwise functions on bf16 or FP8 values.
 """
@@ -133,8 +134,15 @@ def _numbers(handle: Any) -> Any:
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-    out = d.data.dtype
-    return base.TensorHandle(np.matmul(_numbers(a).astype(out), _numbers(b).astype(out)) + d.data, d.dtype.scalar)
+    """a · b + d, summed in the order of k as chips do: float32 by fused multiply-adds, narrower types by instructions
+    on 32 bytes of k that round once. So an element's bits do not depend on how its tile lies; those of BLAS do."""
+    bits = a.dtype.scalar.primitive_bitwidth
+    step = 256 // bits if bits < 32 else 1
+    left, right = (_numbers(x).astype(np.float64) for x in (a, b))
+    total = d.data
+    for k in range(0, left.shape[-1], step):
+        total = (left[..., k : k + step] @ right[..., k : k + step, :] + total).astype(total.dtype)
+    return base.TensorHandle(total, d.dtype.scalar)
 
 
 def _binary(plain: Callable[..., Any]) -> Callable[..., Any]:

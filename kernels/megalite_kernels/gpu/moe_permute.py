@@ -5,8 +5,6 @@ where its own begin, and within the block a slot follows the earlier ones of its
 once and writes it to the places of its slots; `_collect` adds them up again. Each is the other's way back.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
+from megalite_kernels.moe_gradients import there_and_back
 from megalite_kernels.reference.moe import sorted_rows
 
 SLOTS = 128
@@ -176,23 +175,11 @@ def permute(x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int) -> tupl
     return spread(x_ND.contiguous(), inverse, rows)[0], offsets, inverse
 
 
-@permute.register_fake
-def _(x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows = sorted_rows(indices_NK.numel(), experts, pad_to)
-    offsets = indices_NK.new_empty(experts + 1, dtype=torch.int32)
-    return x_ND.new_empty((rows, x_ND.shape[1])), offsets, offsets.new_empty(indices_NK.shape)
-
-
 @torch.library.custom_op("megalite::triton_moe_unpermute", mutates_args=())
 def unpermute(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None) -> Tensor:
     """`collect`, differentiable."""
     probs = None if probs_NK is None else probs_NK.contiguous()
     return collect(y_MD.contiguous(), inverse_NK.contiguous(), probs)
-
-
-@unpermute.register_fake
-def _(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None) -> Tensor:
-    return y_MD.new_empty((inverse_NK.shape[0], y_MD.shape[1]))
 
 
 @torch.library.custom_op("megalite::triton_moe_unpermute_backward", mutates_args=())
@@ -203,33 +190,4 @@ def unpermute_backward(
     return spread(grad_ND.contiguous(), inverse_NK.contiguous(), rows, probs, y)
 
 
-@unpermute_backward.register_fake
-def _(
-    grad_ND: Tensor, inverse_NK: Tensor, rows: int, probs_NK: Tensor | None, y_MD: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    grad_probs = grad_ND.new_empty(0) if probs_NK is None else torch.empty_like(probs_NK)
-    return grad_ND.new_empty((rows, grad_ND.shape[1])), grad_probs
-
-
-def _save_permute(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[2])
-
-
-def _differentiate_permute(ctx: Any, grad_sorted: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return torch.ops.megalite.triton_moe_unpermute(grad_sorted, ctx.saved_tensors[0], None), None, None, None
-
-
-def _save_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, inverse, probs = inputs
-    ctx.rows = len(y)
-    ctx.save_for_backward(inverse, probs, None if probs is None else y)
-
-
-def _differentiate_unpermute(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inverse, probs, y = ctx.saved_tensors
-    grad_y, grad_probs = torch.ops.megalite.triton_moe_unpermute_backward(grad, inverse, ctx.rows, probs, y)
-    return grad_y, None, None if probs is None else grad_probs
-
-
-permute.register_autograd(_differentiate_permute, setup_context=_save_permute)
-unpermute.register_autograd(_differentiate_unpermute, setup_context=_save_unpermute)
+there_and_back(permute, unpermute, unpermute_backward)

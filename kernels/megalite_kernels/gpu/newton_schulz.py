@@ -23,6 +23,23 @@ def config(chip: Chip, dtype: torch.dtype) -> dict[str, int]:
 
 
 @triton.jit
+def _product(
+    a_ptr, b_ptr, m, n, rows, columns, summed, stride_k, stride_n, TILE: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """The tile [m, n] of a · b: a [rows, summed] is contiguous, b [summed, columns] lies by its strides."""
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros([TILE, TILE], tl.float32)
+    for first in range(0, summed, BLOCK_K):
+        left = k < summed - first
+        a_place = m[:, None] * summed + first + k[None, :]
+        b_place = (first + k[:, None]).to(tl.int64) * stride_k + n[None, :] * stride_n
+        a = tl.load(a_ptr + a_place, mask=(m < rows)[:, None] & left[None, :], other=0.0)
+        b = tl.load(b_ptr + b_place, mask=left[:, None] & (n < columns)[None, :], other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def _symmetric(
     x_ptr, y_ptr, rows, columns, alpha, beta, ADD: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
@@ -33,16 +50,7 @@ def _symmetric(
         y_ptr += matrix * rows * rows
         m = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         n = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-        k = tl.arange(0, BLOCK_K)
-        total = tl.zeros([TILE, TILE], tl.float32)
-        for first in range(0, columns, BLOCK_K):
-            left = k < columns - first
-            a_place = m[:, None] * columns + first + k[None, :]
-            b_place = n[None, :] * columns + first + k[:, None]
-            a = tl.load(x_ptr + a_place, mask=(m < rows)[:, None] & left[None, :], other=0.0)
-            b = tl.load(x_ptr + b_place, mask=(n < rows)[None, :] & left[:, None], other=0.0)
-            total = tl.dot(a, b, total, input_precision="ieee")
-        total *= alpha
+        total = alpha * _product(x_ptr, x_ptr, m, n, rows, rows, columns, 1, columns, TILE, BLOCK_K)
         inside = (m < rows)[:, None] & (n < rows)[None, :]
         place = m[:, None] * rows + n[None, :]
         if ADD:
@@ -58,19 +66,10 @@ def _symmetric(
 def _advance(s_ptr, x_ptr, y_ptr, rows, columns, beta, TILE: tl.constexpr, BLOCK_K: tl.constexpr):
     """y = s x + beta · x of matrix program_id(2)."""
     matrix = tl.program_id(2).to(tl.int64)
-    s_ptr += matrix * rows * rows
     x_ptr += matrix * rows * columns
     m = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     n = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-    k = tl.arange(0, BLOCK_K)
-    total = tl.zeros([TILE, TILE], tl.float32)
-    for first in range(0, rows, BLOCK_K):
-        left = k < rows - first
-        a_place = m[:, None] * rows + first + k[None, :]
-        b_place = (first + k[:, None]).to(tl.int64) * columns + n[None, :]
-        a = tl.load(s_ptr + a_place, mask=(m < rows)[:, None] & left[None, :], other=0.0)
-        b = tl.load(x_ptr + b_place, mask=left[:, None] & (n < columns)[None, :], other=0.0)
-        total = tl.dot(a, b, total, input_precision="ieee")
+    total = _product(s_ptr + matrix * rows * rows, x_ptr, m, n, rows, columns, rows, columns, 1, TILE, BLOCK_K)
     inside = (m < rows)[:, None] & (n < columns)[None, :]
     place = m[:, None] * columns + n[None, :]
     total += beta * tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
