@@ -3,7 +3,8 @@
     python benchmarks/kernels/run_all.py [--against sdpa,flash_attn] [any other option of megalite bench] [out=FOLDER]
 
 `out` (default: kernels_DEVICE) keeps what was measured; a later run with
-the same `out` is held against it (tolerance=0.1) and writes beside it: exit code 1 if something became slower.
+the same `out` is held against it (tolerance=0.1) and writes beside it: exit code 1 if something became slower. On two
+quiet CPU cores an op takes about a minute; against=sdpa,torch, which leaves out what is compiled, a third of it.
 """
 
 import sys
@@ -23,12 +24,12 @@ def run_all(words: list[str]) -> int:
     out = Path(named[-1] if named else f"kernels_{device}".replace(" ", "_").lower())
     out.mkdir(parents=True, exist_ok=True)
     failed = []
-    for op in OPS:
+    for number, op in enumerate(OPS, 1):
         before = out / f"{op}.json"
         name = f"{op}.new" if before.exists() else op
         files = [f"{key}={out / name}.{suffix}" for key, suffix in FILES.items()]
         held = [f"baseline={before}"] if before.exists() else []
-        print(flush=True)
+        print(f"\n[{number}/{len(OPS)}] {op}", flush=True)
         if main(["bench", op, *(word for word in words if not word.startswith("out=")), *files, *held]):
             failed.append(op)
     print(f"\n{out}: {len(OPS)} ops, trouble with {', '.join(failed) or 'none'}")

@@ -25,6 +25,7 @@ from megalite_kernels import (
 )
 from megalite_kernels.dispatch import Request, backends_of, chip_name, decide, this_machine
 from megalite_kernels.reference.fp8 import scale_shape
+from megalite_kernels.tuning import Tuned
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -64,10 +65,19 @@ class Maker:
 
 
 @dataclass(frozen=True)
+class Tiled:
+    """The op by Triton's kernels with tiles that were measured; `sizes`: what these depend on."""
+
+    run: Callable[[Shape, Tensors, Tuned], Any]
+    sizes: Callable[[Shape], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
 class Op:
     """`kernel`: its name to the dispatcher, which also asks for `features`. `cost`: forward and backward, by bytes of
     an element. `of`: what its speed is counted in. `keys`: the sizes it depends on, besides tokens. `small`: the
-    largest sizes at which outputs are compared. `slack`: times the usual tolerance. `float32`: its only dtype."""
+    largest sizes at which outputs are compared. `slack`: times the usual tolerance. `float32`: its only dtype.
+    `tiled`: where its tiles can be tuned."""
 
     kernel: str
     inputs: Callable[[Shape, Maker], Tensors]
@@ -81,6 +91,7 @@ class Op:
     by_tokens: bool = True
     float32: bool = False
     slack: float = 1.0
+    tiled: Tiled | None = None
 
     def backend(self, shape: Shape, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
         """The implementation that runs. Raises UserError for one that cannot, or would only be interpreted."""
@@ -102,10 +113,10 @@ def _attention_inputs(s: Shape, make: Maker) -> Tensors:
     return tensors
 
 
-def _attention(s: Shape, t: Tensors, backend: str) -> Any:
+def _attention(s: Shape, t: Tensors, backend: str, tuned: Tuned | None = None) -> Any:
     return attention(
         t["q"], t["k"], t["v"], scale=s.head_dim**-0.5, causal=s.causal, window=s.window, softcap=s.softcap,
-        documents=t.get("documents"), backend=backend,
+        documents=t.get("documents"), tuned=tuned, backend=backend,
     )  # fmt: skip
 
 
@@ -159,6 +170,10 @@ def _grouped_gemm_inputs(s: Shape, make: Maker) -> Tensors:
     return {"x": make.leaf(s.tokens * s.top_k, s.hidden), "weight": weight, "offsets": offsets}
 
 
+def _grouped_gemm(s: Shape, t: Tensors, backend: str, tuned: Tuned | None = None) -> Any:
+    return grouped_gemm(t["x"], t["weight"], t["offsets"], tuned=tuned, backend=backend)
+
+
 def _moe_permute_inputs(s: Shape, make: Maker) -> Tensors:
     return {"x": make.leaf(s.tokens, s.hidden), "experts": _chosen_experts(s, make)}
 
@@ -205,6 +220,10 @@ OPS: dict[str, Op] = {
         "attention", _attention_inputs, _attention, shapes.attention_cost, "flops",
         (*HEADS, "causal", "window", "softcap", "documents"), {"sequence_length": 160, "batch": 2, "window": 48},
         _attention_features,
+        tiled=Tiled(
+            lambda s, t, tuned: _attention(s, t, "triton", tuned),
+            lambda s: (s.head_dim, s.head_dim, s.sequence_length, s.sequence_length),
+        ),
     ),
     "rms_norm": Op(
         "rms_norm", _rms_norm_inputs, lambda s, t, backend: rms_norm(t["x"], t["weight"], EPS, backend=backend),
@@ -226,9 +245,13 @@ OPS: dict[str, Op] = {
     ),
     "grouped_gemm": Op(
         "grouped_gemm", _grouped_gemm_inputs,
-        lambda s, t, backend: grouped_gemm(t["x"], t["weight"], t["offsets"], backend=backend),
+        _grouped_gemm,
         shapes.grouped_gemm_cost, "flops", ("hidden", "ffn", "experts", "top_k"),
         {"sequence_length": 128, "batch": 1, "hidden": 1024, "ffn": 512},
+        tiled=Tiled(
+            lambda s, t, tuned: _grouped_gemm(s, t, "triton", tuned),
+            lambda s: (s.tokens * s.top_k, s.experts, s.hidden, s.ffn),
+        ),
     ),
     "moe_permute": Op(
         "moe_permute", _moe_permute_inputs,

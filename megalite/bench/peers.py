@@ -262,14 +262,15 @@ def installed(device: torch.device) -> list[str]:
 
 
 def asked(names: Iterable[str], op: str, device: torch.device) -> tuple[list[str], list[str]]:
-    """The peers to run, in their order, and a line on each that cannot: no such op, not installed, not for this device.
+    """The peers to run, in their order, and a line on each that cannot: no such op, not for this device, not installed;
+    the first of these that holds, so that nobody installs what would not help.
 
     "installed" means all that are, "flash_attn" every version of it that is. Raises UserError for an unknown name.
     """
-    here, found, notes, problems = installed(device), [], [], []
+    found, notes, problems = list[str](), list[str](), list[str]()
     for name in dict.fromkeys(names):
         if name == "installed":
-            found += [peer for peer in here if op in PEERS[peer].ops]
+            found += [peer for peer in installed(device) if op in PEERS[peer].ops]
             continue
         if name not in PEERS and name != "flash_attn":
             legal = ", ".join(["installed", *PEERS, "flash_attn (every version)"])
@@ -277,12 +278,12 @@ def asked(names: Iterable[str], op: str, device: torch.device) -> tuple[list[str
             continue
         versions = [name] if name in PEERS else [peer for peer in FLASH if PEERS[peer].version()] or ["flash2"]
         peer = PEERS[versions[0]]
-        if peer.version() is None:
-            notes.append(f"{name}: {peer.package} is not installed; {peer.install}")
-        elif versions[0] not in here:
-            notes.append(f"{name}: {peer.package} needs a CUDA device")
-        elif op not in peer.ops:
-            notes.append(f"{name}: has no {op}")
+        if op not in peer.ops:
+            notes.append(f"not measured: {name}: {peer.package} has no {op}")
+        elif peer.cuda and device.type != "cuda":
+            notes.append(f"not measured: {name}: {peer.package} needs a CUDA device, and this is a CPU")
+        elif peer.version() is None:
+            notes.append(f"not measured: {name}: {peer.package} is not installed; {peer.install}")
         else:
             found += versions
     if problems:

@@ -75,7 +75,7 @@ class Right:
         tensors = self.op.inputs(self.shape, Maker(self.device, self.dtype))
         found = results_of(self.op, self.shape, build(self.shape, tensors), tensors, self.upstream)
         pairs = zip(found, self.results, strict=True)
-        return max(_error(mine, right) for mine, right in pairs) / (TOLERANCE[self.dtype] * self.op.slack)
+        return max(relative_error(mine, right) for mine, right in pairs) / (TOLERANCE[self.dtype] * self.op.slack)
 
 
 def right_at(op: Op, shape: Shape, device: torch.device, dtype: torch.dtype) -> Right:
@@ -109,7 +109,8 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().double().requires_grad_(tensor.requires_grad)
 
 
-def _error(found: Tensor, right: Tensor) -> float:
+def relative_error(found: Tensor, right: Tensor) -> float:
+    """RMS error as a share of the RMS of what is right; inf where something is no number."""
     if found.shape != right.shape or not bool(found.isfinite().all()):
         return float("inf")
     size = float(right.double().norm())

@@ -15,6 +15,7 @@ from megalite.errors import RunError, UserError
 if TYPE_CHECKING:
     import torch
 
+    from megalite.bench.peers import Build
     from megalite.bench.results import Report
     from megalite.bench.shapes import Shape
 
@@ -66,6 +67,9 @@ class BenchOptions:
     graphs: bool = schema.key(False, "CUDA graphs: launching costs nothing.")
     seconds: float = schema.key(1.0, "Timed seconds of each line, about.", minimum=0)
     rounds: int = schema.key(5, "Turns of each implementation.", minimum=1)
+    tune: str | None = schema.key(
+        None, "FILE.json: tiles of attention, grouped_gemm measured on this GPU, if not there yet, and used as `tuned`."
+    )
     csv: str | None = schema.key(None, "FILE for the rows.")
     json: str | None = schema.key(None, "FILE for the rows, machine and versions; a baseline for later runs.")
     plot: str | None = schema.key(None, "FILE.png: speed by sequence length.")
@@ -117,7 +121,7 @@ def _check(options: BenchOptions) -> None:
     problems += [f"tokens={options.tokens}: is no whole number of sequences of seq={length}" for length in ragged]
     if options.graphs and "backward" in options.mode:
         problems.append("graphs=true: backward alone cannot be recorded; use mode=forward,both")
-    for key in ("csv", "json", "plot"):
+    for key in ("csv", "json", "plot", "tune"):
         path = getattr(options, key)
         if path is not None and not Path(path).resolve().parent.is_dir():
             problems.append(f"{key}={path}: no such folder; make it first")
@@ -140,6 +144,8 @@ def _device(options: BenchOptions) -> "torch.device":
     device = torch.device("cuda" if there and options.device != "cpu" else "cpu")
     if options.graphs and device.type != "cuda":
         raise UserError("graphs=true: needs a CUDA device; leave it out")
+    if options.tune is not None and device.type != "cuda":
+        raise UserError(f"tune={options.tune}: needs a CUDA device: on a CPU Triton is only interpreted; leave it out")
     return device
 
 
@@ -200,6 +206,8 @@ def _bench(options: BenchOptions, device: "torch.device", dtype: "torch.dtype") 
         **runner.own(options.op, options.backend, shapes[0], device, dtype),
         **runner.peers(options.op, names),
     }
+    if options.tune is not None:
+        implementations = _tuned(options, shapes, device, dtype) | implementations
     modes = _modes(options, ENTRIES[options.op].differentiable)
     job = runner.Job(
         options.op, shapes, implementations, modes, device, dtype, options.seconds, options.rounds, options.graphs
@@ -223,6 +231,17 @@ def _bench(options: BenchOptions, device: "torch.device", dtype: "torch.dtype") 
     if problems:
         raise RunError(*problems)
     return 0
+
+
+def _tuned(
+    options: BenchOptions, shapes: "list[Shape]", device: "torch.device", dtype: "torch.dtype"
+) -> "dict[str, Build]":
+    from megalite.bench import tune
+    from megalite.bench.timing import Clock
+
+    path = Path(str(options.tune))
+    record = tune.open_record(path, options.op, device)
+    return {"megalite tuned": tune.tuned(options.op, shapes, record, path, Clock(device), dtype)}
 
 
 def _write(options: BenchOptions, report: "Report") -> None:

@@ -17,6 +17,7 @@ GATED = (swiglu, geglu, swiglu_clamped)
 few = settings(max_examples=10, deadline=None, derandomize=True)
 
 
+@pytest.mark.law("swiglu", "geglu", "swiglu_clamped")
 @pytest.mark.parametrize("op", GATED)
 @few
 @given(rows=st.integers(0, 40), width=st.integers(1, 70), seed=st.integers(0, 99))
@@ -59,6 +60,7 @@ def test_clamped_as_transformers_computes_it() -> None:
         torch.testing.assert_close(ours, experts._apply_gate(x))
 
 
+@pytest.mark.law("swiglu", "geglu", "swiglu_clamped")
 @pytest.mark.parametrize("op", GATED)
 def test_reruns_give_the_same_bits(op: object) -> None:
     inputs = [random(20, 300, seed=seed) for seed in (0, 1)]

@@ -40,6 +40,7 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.law("attention")
 @FEW
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=4), window=st.none() | st.integers(1, 20))
 def test_packing_equals_separate_calls(lengths: list[int], window: int | None) -> None:
@@ -52,6 +53,7 @@ def test_packing_equals_separate_calls(lengths: list[int], window: int | None) -
     assert_same(whole, [out, *torch.autograd.grad(out, leaves, random(*out.shape, seed=9).float())])
 
 
+@pytest.mark.law("attention")
 @FEW
 @given(keys=st.integers(2, 90), cut=st.floats(0.1, 0.9))
 def test_parts_of_the_keys_merge_by_their_lse(keys: int, cut: float) -> None:
@@ -64,6 +66,7 @@ def test_parts_of_the_keys_merge_by_their_lse(keys: int, cut: float) -> None:
     assert_same([merged, total], [whole, lse])
 
 
+@pytest.mark.law("attention")
 @FEW
 @given(length=st.integers(1, 40), heads=st.sampled_from([(2, 1), (4, 2), (3, 3)]))
 def test_grouped_heads_are_repeated_heads(length: int, heads: tuple[int, int]) -> None:
@@ -75,6 +78,7 @@ def test_grouped_heads_are_repeated_heads(length: int, heads: tuple[int, int]) -
     assert_same(grouped, [*repeated[:2], *summed])
 
 
+@pytest.mark.law("attention")
 @FEW
 @given(length=st.integers(1, 70), batch=st.integers(1, 2))
 def test_a_window_as_long_as_the_row_is_causal(length: int, batch: int) -> None:
@@ -82,6 +86,7 @@ def test_a_window_as_long_as_the_row_is_causal(length: int, batch: int) -> None:
     assert all(map(torch.equal, with_gradients(inputs, window=length), with_gradients(inputs)))
 
 
+@pytest.mark.law("attention")
 @FEW
 @given(order=st.permutations(range(4)), softcap=st.none() | st.just(2.0))
 def test_heads_do_not_know_their_number(order: list[int], softcap: float | None) -> None:
@@ -90,6 +95,7 @@ def test_heads_do_not_know_their_number(order: list[int], softcap: float | None)
     assert torch.equal(triton(*(x[:, :, order] for x in inputs), softcap=softcap), theirs[0])
 
 
+@pytest.mark.law("attention")
 def test_reruns_give_the_same_bits() -> None:
     inputs = narrow(40, 40, 4, 2)
     documents = torch.tensor([0, 4]).repeat_interleave(torch.tensor([15, 25]))[None]

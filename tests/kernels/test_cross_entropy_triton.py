@@ -26,6 +26,7 @@ def by_triton(op: Any) -> Any:
     return lambda *inputs, **options: op(*inputs, backend="triton", **options)
 
 
+@pytest.mark.law("cross_entropy", "linear_cross_entropy")
 @few
 @given(rows=st.integers(1, 9), cuts=st.lists(st.integers(1, 40), min_size=2, max_size=4), seed=st.integers(0, 99))
 def test_shards_merged_are_the_whole(rows: int, cuts: list[int], seed: int) -> None:
@@ -44,6 +45,7 @@ def test_shards_merged_are_the_whole(rows: int, cuts: list[int], seed: int) -> N
         torch.testing.assert_close(part, all_of_it, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.law("linear_cross_entropy")
 @few
 @given(rows=st.integers(1, 20), vocab=st.integers(1, 90), seed=st.integers(0, 99))
 def test_the_same_as_in_c(rows: int, vocab: int, seed: int) -> None:
@@ -56,6 +58,7 @@ def test_the_same_as_in_c(rows: int, vocab: int, seed: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.law("linear_cross_entropy")
 def test_chunks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, targets = problem(41, 12, 50)
     runs = []
@@ -67,6 +70,7 @@ def test_chunks_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.law("cross_entropy")
 def test_gradients_of_a_row_add_up_to_nothing() -> None:
     """Softmax less the target's one: what nll gives to a row of logits sums to 0; lse² pulls down where lse > 0."""
     logits, targets = random(6, 70, scale=5.0).float(), torch.arange(6)
@@ -76,6 +80,7 @@ def test_gradients_of_a_row_add_up_to_nothing() -> None:
         torch.testing.assert_close(gradient.sum(1), sign * 2 * lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.law("cross_entropy")
 def test_a_shift_of_the_logits_moves_lse_alone() -> None:
     logits, targets = random(5, 33).float(), torch.arange(5)
     nll, lse = cross_entropy.whole(logits, targets, None, 0.0, IGNORE_INDEX)
@@ -101,6 +106,7 @@ def test_targets_that_do_not_exist_make_nan(rows: str, shard: Any) -> None:
     assert nll.isnan().tolist() == [False, True, True]
 
 
+@pytest.mark.law("cross_entropy", "linear_cross_entropy")
 def test_reruns_give_the_same_bits() -> None:
     inputs, targets = problem(20, 12, 300)
     op = total(by_triton(linear_cross_entropy), targets, 1e-3)

@@ -41,6 +41,7 @@ def test_both_ways_of_rounding_are_the_formats(chip: str, dtype: torch.dtype) ->
         assert same(codes.view(torch.uint8)[number], expected[number]) and codes.float()[~number].isnan().all()
 
 
+@pytest.mark.law("quantize_fp8")
 @FEW
 @given(
     recipes, dtypes, sizes, sizes, st.booleans(), st.booleans(), st.sampled_from(["sm_80", "sm_90"]), st.integers(0, 9)
@@ -54,6 +55,7 @@ def test_every_chip_gives_the_references_bits(
     assert all(same(a, b) for a, b in zip(ours, theirs, strict=False))
 
 
+@pytest.mark.law("quantize_fp8")
 @FEW
 @given(recipes, dtypes, sizes, sizes, st.booleans(), st.integers(0, 9))
 def test_half_a_place_of_the_code_is_lost_at_most(
@@ -74,6 +76,7 @@ def test_half_a_place_of_the_code_is_lost_at_most(
     assert (error <= place / 2 * (1 + 1e-5)).all()
 
 
+@pytest.mark.law("quantize_fp8")
 @FEW
 @given(recipes, dtypes, sizes, sizes, st.integers(-20, 20), st.integers(0, 9))
 def test_a_power_of_two_moves_only_the_scales(
@@ -85,6 +88,7 @@ def test_a_power_of_two_moves_only_the_scales(
     assert same(codes, moved) and torch.equal(moved_scales.float(), scales.float() * 2.0**power)
 
 
+@pytest.mark.law("quantize_fp8")
 @FEW
 @given(recipes, dtypes, sizes, sizes, st.booleans(), st.integers(0, 9))
 def test_the_transposed_output_is_the_transpose_quantised(
@@ -96,6 +100,7 @@ def test_the_transposed_output_is_the_transpose_quantised(
     assert all(same(a, b) for a, b in zip(both, alone, strict=True))
 
 
+@pytest.mark.law("quantize_fp8")
 @FEW
 @given(recipes, sizes, sizes, st.integers(0, 9))
 def test_amax_is_the_largest_and_gives_the_same_scales(recipe: str, m: int, k: int, seed: int) -> None:
@@ -109,6 +114,7 @@ def test_amax_is_the_largest_and_gives_the_same_scales(recipe: str, m: int, k: i
         assert torch.equal(scale, given_scale) and same(codes, again)
 
 
+@pytest.mark.law("scaled_mm")
 @FEW
 @given(
     st.sampled_from([(a, b) for a in BLOCKS for b in BLOCKS if (a == "mxfp8") == (b == "mxfp8")]),
@@ -131,6 +137,7 @@ def test_products_against_float64(
     assert ((ours - a @ b.t()).abs() <= (k + 3) * 2.0**-24 * (a.abs() @ b.abs().t())).all()
 
 
+@pytest.mark.law("quantize_fp8", "scaled_mm")
 @FEW
 @given(recipes, st.integers(0, 9))
 def test_reruns_are_the_same_bits(recipe: str, seed: int) -> None:

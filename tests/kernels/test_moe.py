@@ -213,12 +213,14 @@ def test_there_and_back(backend: str, **shape: Any) -> None:
     check_permutation(backend, **shape)
 
 
+@pytest.mark.law("moe_permute", "moe_unpermute")
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(**SHAPES)
 def test_there_and_back_in_triton(**shape: Any) -> None:
     check_permutation(has("triton"), **shape)
 
 
+@pytest.mark.law("moe_route")
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(

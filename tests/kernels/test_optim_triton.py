@@ -50,6 +50,7 @@ def test_five_steps_are_those_of_pytorch(backend: str, eps: float) -> None:
         torch.testing.assert_close(squares[n].double(), optimizers[1].state[weight]["exp_avg_sq"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.law("adamw")
 @FEW
 @given(shapes, st.sampled_from(BACKENDS), st.booleans(), st.integers(0, 9))
 def test_a_skipped_step_leaves_everything(some: list[tuple[int, ...]], backend: str, skip: bool, seed: int) -> None:
@@ -68,6 +69,7 @@ def test_a_skipped_step_leaves_everything(some: list[tuple[int, ...]], backend: 
     assert all(unchanged) if skip else not any(same for same, x in zip(unchanged, params, strict=False) if x.numel())
 
 
+@pytest.mark.law("adamw")
 @FEW
 @given(shapes, st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 9))
 def test_one_launch_is_a_launch_for_each_tensor(some: list[tuple[int, ...]], dtype: torch.dtype, seed: int) -> None:
@@ -111,6 +113,7 @@ def test_the_watch_sees_what_a_table_leads_to() -> None:
             sanitizer.reset(token)
 
 
+@pytest.mark.law("gradient_norm")
 @FEW
 @given(shapes, st.sampled_from(BACKENDS), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 9))
 def test_the_norm_is_that_of_all_elements(
@@ -125,6 +128,7 @@ def test_the_norm_is_that_of_all_elements(
     assert torch.equal(norm, kernels.gradient_norm(tensors, backend=backend))
 
 
+@pytest.mark.law("gradient_norm")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inf_and_nan_show_in_the_norm(backend: str) -> None:
     for broken in (math.inf, -math.inf, math.nan):
@@ -134,6 +138,7 @@ def test_inf_and_nan_show_in_the_norm(backend: str) -> None:
     assert kernels.gradient_norm([], backend=backend) == 0
 
 
+@pytest.mark.law("newton_schulz")
 @FEW
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 9))
 def test_newton_schulz_leaves_singular_values_near_one(rows: int, columns: int, seed: int) -> None:
@@ -144,6 +149,7 @@ def test_newton_schulz_leaves_singular_values_near_one(rows: int, columns: int, 
     assert found.min() > 0.6 and found.max() < 1.3
 
 
+@pytest.mark.law("newton_schulz")
 @FEW
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(-8, 8), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_newton_schulz_of_transposes_stacks_and_multiples(

@@ -34,6 +34,7 @@ def halves(x: Tensor, rotated: int) -> Tensor:
     return torch.cat((x[..., :rotated:2], x[..., 1:rotated:2], x[..., rotated:]), dim=-1)
 
 
+@pytest.mark.law("rope")
 @pytest.mark.parametrize("interleaved", [False, True])
 @few
 @given(**SIZES)
@@ -48,6 +49,7 @@ def test_a_rotation_keeps_norms_and_has_an_inverse(
     assert torch.equal(y[..., 2 * pairs :], x[..., 2 * pairs :])
 
 
+@pytest.mark.law("rope")
 @few
 @given(**SIZES)
 def test_interleaved_is_half_on_permuted_dims(heads: int, pairs: int, passed: int, seed: int) -> None:
@@ -57,6 +59,7 @@ def test_interleaved_is_half_on_permuted_dims(heads: int, pairs: int, passed: in
     assert torch.equal(halves(y, 2 * pairs), apply_rope(halves(x, 2 * pairs), *tables, backend="triton"))
 
 
+@pytest.mark.law("rope")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batched", [False, True])
 def test_positions_are_rows_of_the_tables(backend: str, batched: bool) -> None:
@@ -66,6 +69,7 @@ def test_positions_are_rows_of_the_tables(backend: str, batched: bool) -> None:
     assert torch.equal(y, apply_rope(x, *(table[positions] for table in tables), backend=backend))
 
 
+@pytest.mark.law("rope")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_relative_positions_alone_decide(backend: str) -> None:
     """Products of turned queries and keys depend on the distance of their positions."""
@@ -99,6 +103,7 @@ def test_halves_as_transformers_turns_them() -> None:
         torch.testing.assert_close(apply_rope(x, cos, sin, backend=backend), theirs.transpose(1, 2))
 
 
+@pytest.mark.law("rope")
 def test_reruns_give_the_same_bits() -> None:
     x, (cos, sin) = random(2, 33, 3, 20).float(), angles(33, 8)
     first, again = (apply_rope(x, cos, sin, interleaved=True, backend="triton") for _ in range(2))

@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from megalite_kernels.gpu.chips import PORTABLE
+from megalite_kernels.gpu.launch import recording
+from megalite_kernels.gpu.tune import candidates, flat
 from megalite_kernels.reference import visible
 from megalite_kernels.reference.fp8 import BLOCKS
+from megalite_kernels.tuning import OPTIONS
 
-from megalite.bench import peers, results, runner, shapes
-from megalite.bench.ops import OPS
+from megalite.bench import peers, results, runner, shapes, tune
+from megalite.bench.ops import OPS, Maker
 from megalite.bench.plot import png
 from megalite.bench.results import Report, Row
 from megalite.bench.shapes import Cost, Shape, model_shape
@@ -306,7 +310,7 @@ def test_peers_that_are_installed_missing_or_without_the_op(monkeypatch: pytest.
     assert peers.asked(["installed"], "rope", cuda)[0] == ["torch", "compile", "liger"]
     assert peers.asked(["sdpa", "flash_attn", "liger"], "attention", cuda) == (
         ["sdpa", "flash3"],
-        ["liger: has no attention"],
+        ["not measured: liger: liger-kernel has no attention"],
     )
     with pytest.raises(UserError) as caught:
         peers.asked(["te", "xformers", "sdpa"], "attention", cuda)
@@ -314,9 +318,10 @@ def test_peers_that_are_installed_missing_or_without_the_op(monkeypatch: pytest.
     del there["flash-attn-3"]
     found, notes = peers.asked(["te", "sdpa", "flash_attn"], "attention", cuda)
     assert found == ["sdpa"]
-    assert notes[0].startswith("te: transformer-engine is not installed; pip install")
-    assert notes[1].startswith("flash_attn: flash-attn is not installed; pip install")
-    assert peers.asked(["liger"], "rope", CPU) == ([], ["liger: liger-kernel needs a CUDA device"])
+    assert notes[0].startswith("not measured: te: transformer-engine is not installed; pip install")
+    assert notes[1].startswith("not measured: flash_attn: flash-attn is not installed; pip install")
+    no_gpu = "liger-kernel needs a CUDA device, and this is a CPU"
+    assert peers.asked(["liger"], "rope", CPU) == ([], [f"not measured: liger: {no_gpu}"])
 
 
 def test_what_is_written_twice_agrees() -> None:
@@ -331,6 +336,47 @@ def test_what_is_right_in_float64_too() -> None:
     for op in ("attention", "cross_entropy"):
         right = runner.right_at(OPS[op], TINY, CPU, torch.float64)
         assert right.error(peers.EAGER[op]) < 1
+
+
+@pytest.mark.parametrize("op", ["attention", "grouped_gemm"])
+def test_tiles_are_measured_once_and_used(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that gives every candidate less time than the one before, so that the last is the best."""
+    tried = dict.fromkeys(("N", "BN", "BF"), (16, 32)) | dict.fromkeys(("M", "BM", "BD", "BK"), (16,))
+    monkeypatch.setattr("megalite_kernels.gpu.tune.TRIED", tried | {"num_warps": (4,), "num_stages": (1,)})
+
+    small = dataclasses.replace(TINY, heads=1, kv_heads=1, hidden=16, ffn=24, experts=2, sequence_length=17, batch=1)
+
+    class Falling(Clock):
+        left = 1000.0
+
+        def times(self, call: Call, count: int) -> list[float]:
+            self.left -= 1.0
+            return [self.left] * count
+
+    path, said, clock = tmp_path / "tuned.json", list[str](), Falling(CPU)
+    kernel, sizes = OPS[op].kernel, OPS[op].tiled.sizes(small)
+    record = tune.open_record(path, op, CPU)
+    tune.tuned(op, [small], record, path, clock, torch.float32, said.append)
+    assert len(said) == 1 and said[0].startswith(f"tuned {op}, none, 17 x 1: ") and " 0 failed, 1.0" in said[0]
+    kept = tune.open_record(path, op, CPU)
+    best = [candidates(kernel, n, PORTABLE, torch.float32, sizes)[-1] for n in range(len(OPTIONS[kernel]))]
+    assert kept.tiles(kernel, torch.float32, sizes) == flat(kernel, best)
+    build = tune.tuned(op, [small], kept, path, clock, torch.float32, said.append)
+    assert len(said) == 1, "nothing was measured again"
+    tensors = OPS[op].inputs(small, Maker(CPU, torch.float32))
+    with recording() as launches:
+        build(small, tensors)()
+    assert {name: launches[0].arguments.get(name) for name in ("N", "BN")}.items() >= {
+        (name, value) for name, value in best[0].items() if name in ("N", "BN")
+    }
+    monkeypatch.setattr(tune, "relative_error", lambda ours, right: 1.0)
+    with pytest.raises(ValueError, match="candidates ran"):
+        tune.tuned(op, [small], record, path, clock, torch.float32, said.append)
+    with pytest.raises(UserError, match="rope has no tiles that are tuned; there are attention, grouped_gemm"):
+        tune.open_record(path, "rope", CPU)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="no record of tuned tiles"):
+        tune.open_record(path, op, CPU)
 
 
 @pytest.mark.parametrize(
@@ -356,6 +402,7 @@ def test_what_is_right_in_float64_too() -> None:
         (["rope", "device=cuda"], "device=cuda: PyTorch sees no CUDA device here"),
         (["rope", "graphs=true"], "graphs=true: needs a CUDA device"),
         (["rope", "graphs=true", "mode=backward"], "graphs=true: backward alone cannot be recorded"),
+        (["attention", "tune=x.json"], "tune=x.json: needs a CUDA device: on a CPU Triton is only interpreted"),
         (["rope", "csv=nowhere/x.csv"], "csv=nowhere/x.csv: no such folder"),
         (["rope", "json=."], "json=.: is a folder"),
         (["rope", "plot=x.svg"], "plot=x.svg: unknown kind of file; end it in .png"),

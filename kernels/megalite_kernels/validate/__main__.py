@@ -2,18 +2,19 @@
 
     python -m megalite_kernels.validate [op …] [--device cuda] [--docs FOLDER]
 
-Without a GPU: every case interpreted (E1, E3, E5) and every launch compiled for every chip (E4; what is on record is
-not compiled again). On one (`--device cuda`): every case run there (E1), and twice for the same bits; then, in a
-checkout, the properties (E2) and the benchmarks; its JSON lands beside the page, which then says so. Exit code 1 if
-anything is wrong.
+Without a GPU: every case interpreted (E1, E3, E5), in a checkout the laws (E2), and every launch compiled for every
+chip (E4; what is on record is not compiled again). On one (`--device cuda`): every case run there (E1), and twice for
+the same bits; then, in a checkout, the laws and all other tests of the kernels, and the benchmarks; its JSON lands
+beside the page, which then says so. Exit code 1 if anything is wrong.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -27,7 +28,8 @@ from megalite_kernels.validate import page, snapshot
 from megalite_kernels.validate.cases import CASES, SWEEPS
 from megalite_kernels.validate.work import build, try_case
 
-DOCS = Path(__file__).parents[3] / "docs"
+CHECKOUT = Path(__file__).parents[3]
+DOCS = CHECKOUT / "docs"
 
 
 def main() -> int:
@@ -52,8 +54,10 @@ def main() -> int:
             _say(f"{number}/{len(cases)} cases, {len(found.wrong)} wrong")
         if given.device == "cpu":
             _compile(found, given.ops, pool)
-        elif (DOCS.parent / "tests" / "kernels").is_dir() and not given.ops:
-            found.wrong += [f"{' '.join(words)}: exit code {code}" for words, code in _on_a_gpu() if code]
+    if (CHECKOUT / "tests" / "kernels").is_dir() and not given.ops:
+        _laws(found)
+        if given.device == "cuda" and (code := _python("benchmarks/kernels/run_all.py")):
+            found.wrong.append(f"benchmarks/kernels/run_all.py: exit code {code}")
     print("", *found.wrong or ["all right"], sep="\n")
     if not given.ops:
         given.docs.mkdir(exist_ok=True)
@@ -66,11 +70,20 @@ def _say(text: str) -> None:
     print(f"\r{text}   ", end="", file=sys.stderr, flush=True)
 
 
-def _on_a_gpu() -> Iterator[tuple[list[str], int]]:
-    """The properties on hardware, then every op beside what is installed; with their exit codes."""
-    properties = ["-m", "pytest", "-q", "tests/kernels", "--device", "cuda", "-k", "triton or moe or fp8"]
-    for words in (properties, ["benchmarks/kernels/run_all.py"]):
-        yield words, subprocess.run([sys.executable, *words], cwd=DOCS.parent).returncode
+def _laws(found: page.Evidence) -> None:
+    """What holds whatever the input, by tests/kernels; on a GPU with the kernels' other tests."""
+    which = ["-m", "law"] if found.device == "cpu" else ["--device", "cuda", "-k", "law or triton or moe or fp8"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "laws.json"
+        if code := _python("-m", "pytest", "-q", "tests/kernels", *which, "--laws", str(file)):
+            found.wrong.append(f"pytest tests/kernels {' '.join(which)}: exit code {code}")
+        for op, laws in (json.loads(file.read_text()) if file.exists() else {}).items():
+            found.laws[op] = sorted(law for law, held in laws.items() if held)
+            found.wrong += [f"{op}: {law}: broken" for law, held in laws.items() if not held]
+
+
+def _python(*words: str) -> int:
+    return subprocess.run([sys.executable, *words], cwd=CHECKOUT).returncode
 
 
 def _compile(found: page.Evidence, ops: list[str], pool: ProcessPoolExecutor) -> None:

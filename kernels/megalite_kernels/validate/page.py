@@ -24,7 +24,8 @@ kernels were run by an interpreter with exact casts and built ahead of time by t
 - **E1 semantics**: every case in float32, bf16 and fp16 against the reference in float64, outputs and all gradients.
   The number is the worst error over what is allowed: twice the error of the same formula in PyTorch in that dtype,
   and four roundings of the largest value. 1 would be the limit.
-- **E2 properties**: laws that hold whatever the input, on random inputs by hypothesis (`tests/kernels/`).
+- **E2 laws**: what holds whatever the input, on random inputs by hypothesis (`pytest tests/kernels -m law`). The number
+  counts those that hold; they are listed below.
 - **E3 memory**: no access out of bounds, no two programs storing to one place, every output written, the same bits in
   any order of the programs.
 - **E4 compiled**: every launch at the shapes that people train with; registers, spills, shared and tensor memory within
@@ -44,6 +45,8 @@ class Evidence:
     cases: dict[str, int] = field(default_factory=dict)
     safe_cases: dict[str, int] = field(default_factory=dict)
     traffic: dict[str, int] = field(default_factory=dict)
+    laws: dict[str, list[str]] = field(default_factory=dict)
+    """op -> the laws that hold."""
     wrong: list[str] = field(default_factory=list)
 
     def exact(self, case: Case, dtype: str, worst: float) -> None:
@@ -83,7 +86,8 @@ class Evidence:
         entry = {
             "on": on, "triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version(),
             "worst": {op: {d: float(f"{w:.2g}") for d, w in of.items()} for op, of in sorted(self.worst.items())},
-            "cases": self.cases, "safe": self.safe_cases, "traffic": self.traffic, "wrong": self.wrong,
+            "cases": self.cases, "safe": self.safe_cases, "traffic": self.traffic, "laws": self.laws,
+            "wrong": self.wrong,
         }  # fmt: skip
         name = on.lower().replace(" ", "-")
         (docs / f"kernels-{name}.json").write_text(json.dumps(entry, indent=1, sort_keys=True) + "\n")
@@ -97,8 +101,12 @@ def page(docs: Path, cases: Sequence[Case], sweeps: Sequence[Sweep], compiled: d
     ops = list(dict.fromkeys(case.op for case in cases))
     lines = [HEAD, f"Triton {interpreted['triton']}.", ""]
     lines += _table(
-        ("op", "E1: cases × dtypes", *("float32", "bf16", "fp16"), "E3: cases", "E5: formulas", "E6"),
+        ("op", "E1: cases × dtypes", *("float32", "bf16", "fp16"), "E2: laws", "E3: cases", "E5: formulas", "E6"),
         ([op, *_evidence(op, interpreted), _on_gpu(op, on_gpus)] for op in ops),
+    )
+    lines += ["", "## E2: laws that hold", ""]
+    lines += _table(
+        ("op", "laws"), ((op, "; ".join(interpreted["laws"][op])) for op in ops if op in interpreted["laws"])
     )
     lines += [
         "",
@@ -138,7 +146,8 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _evidence(op: str, run: dict[str, Any]) -> list[str]:
     worst = run["worst"].get(op, {})
     errors = [f"{worst[d]:.2f}" if d in worst else "–" for d in ("float32", "bfloat16", "float16")]
-    return [str(run["cases"].get(op, 0)), *errors, str(run["safe"].get(op, 0)), str(run["traffic"].get(op, "–"))]
+    laws = str(len(run["laws"].get(op, ())) or "–")
+    return [str(run["cases"].get(op, 0)), *errors, laws, str(run["safe"].get(op, 0)), str(run["traffic"].get(op, "–"))]
 
 
 def _on_gpu(op: str, runs: list[dict[str, Any]]) -> str:
