@@ -383,7 +383,7 @@ def test_tiles_are_measured_once_and_used(op: str, tmp_path: Path, monkeypatch: 
     ("words", "line"),
     [
         (["attnetion"], "attnetion: no such op; nearest: attention; legal: attention, rms_norm"),
-        (["rope", "shapes=llama9"], "shapes=llama9: no such model; legal: gemma2_27b,"),
+        (["rope", "shapes=llama9"], "shapes=llama9: no such model; legal: deepseek_v3,"),
         (["rope", "against=xformers"], "against=xformers: no such peer; legal: installed, sdpa"),
         (["rope", "causal=false"], "causal=false: rope has no such thing; it has heads, kv_heads, head_dim"),
         (["rope", "--seq"], "--seq: needs a value, as in --seq VALUE or seq=VALUE"),
