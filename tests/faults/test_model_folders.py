@@ -41,7 +41,7 @@ GPT_OSS = dataclasses.replace(
     rope=RopeConfig(scaling="yarn", factor=4.0, truncate=False),
 )  # fmt: skip
 DEEPSEEK = dataclasses.replace(
-    TINY, family="deepseek_v3", norm_eps=1e-6, mla=MLAConfig(kv_rank=8, q_rank=6, rope_dim=4),
+    TINY, family="deepseek_v3", norm_eps=1e-6, mla=MLAConfig(kv_rank=8, q_rank=6, rope_dim=4), mtp=1,
     attention_scale=0.4, rope=RopeConfig(scaling="yarn", factor=4.0, attention_factor=1.0),
     moe=dataclasses.replace(
         EXPERTS, router="sigmoid", bias_rate=0.001, shared_ffn=16, groups=2, top_groups=1, dense_layers=1, scale=2.5

@@ -1,5 +1,6 @@
 """Families with experts against transformers in float64: the tests of the other families, and what experts add."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -10,10 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
 
 from megalite.checkpoint.huggingface.folder import export_huggingface, open_huggingface
 from megalite.checkpoint.huggingface.names import rules_for
 from megalite.checkpoint.model_folder import load_model, save_model
+from megalite.checkpoint.stored_model import StoredModel, empty_model
 from megalite.checkpoint.tensor_folder import SINGLE
 from megalite.config.schema import ModelConfig, MoEConfig
 from megalite.errors import UserError
@@ -22,7 +27,9 @@ from megalite.parallel.parameter import materialize
 from megalite.parallel.tensor import ALONE
 from megalite.parallel.tokens import own_tokens
 from tests.parity.test_transformers import (
+    LENGTH,
     SMALL,
+    VOCAB,
     YARN,
     Double,
     build,
@@ -122,6 +129,79 @@ def test_stacked_tensors_are_the_same_model(folder: tuple[Any, Path], tmp_path: 
     assert stacked.config == published.config
     for name in published.shapes():
         assert torch.equal(stacked.tensor(name), published.tensor(name)), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_multi_token_modules(tmp_path: Path, tied: bool) -> None:
+    """Two modules of ours as transformers reads them: hidden states and all gradients; and back, bit for bit."""
+    config = open_huggingface(_saved(DEEPSEEK | {"tie_word_embeddings": tied}, tmp_path / "theirs")).config
+    config.mtp = 2
+    ours = empty_model(config, VOCAB, 64)
+    materialize(ours, torch.device("cpu"), 3, torch.float64)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, 0.0 if parameter.dim() > 1 else 0.5, 0.2)
+    weights = dict(ours.named_parameters())
+    export_huggingface(StoredModel(config, VOCAB, 64, torch.float64, weights.__getitem__, tmp_path), tmp_path / "out")
+    again = open_huggingface(tmp_path / "out")
+    assert again.config.mtp == 2 and all(torch.equal(again.tensor(name), weights[name]) for name in weights)
+
+    with Double():
+        main = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        )
+        # transformers knows the published model's layer 61 by its number.
+        main._keys_to_ignore_on_load_unexpected = [r"model\.layers\.3\.", r"model\.layers\.4\."]
+        modules = MtpModel.from_pretrained(main)
+        theirs = main.model(input_ids=tokens()).last_hidden_state
+        hidden = ours(tokens())
+        loss, wanted = 0.0, 0.0
+        assert relative(hidden, theirs) <= 1e-10
+        for depth in (1, 2):
+            ahead, length = tokens()[:, depth:], LENGTH - depth
+            positions = torch.arange(length)[None]
+            cache = MtpCache(config=main.config.get_mtp_config())
+            theirs = modules.forward_layer(depth - 1, theirs[:, :length], positions, cache, input_ids=ahead)
+            context = ours._context(ahead, None, None, hidden)
+            hidden = ours.mtp[str(depth)](hidden[:, :length], ours.embedding(ahead), context)
+            assert relative(hidden, theirs) <= 1e-10
+            loss = loss + (hidden * torch.arange(64.0)).sum()
+            wanted = wanted + (theirs * torch.arange(64.0)).sum()
+        wanted.backward()
+    loss.backward()
+    held = dict(main.named_parameters())
+    for name, parameter in modules.layers.named_parameters():
+        depth, _, rest = name.partition(".")
+        rest = rest.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
+        held[f"model.layers.{3 + int(depth)}.{rest}"] = parameter
+    gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+    rules = rules_for(config, gradients, -1)
+    assert {name for rule in rules for name in rule.ours} == gradients.keys()
+    for rule in rules:
+        gradient = rule.join([gradients[name] for name in rule.ours])
+        assert relative(gradient, held.pop(rule.theirs).grad) <= 1e-9, rule.theirs
+    assert held.keys() <= {"lm_head.weight"}
+
+
+def test_modules_that_are_not_in_the_folder(tmp_path: Path) -> None:
+    """transformers' own folders speak of one module and hold none; a copy of the embedding must be one."""
+    model = open_huggingface(_saved(DEEPSEEK | {"num_mtp_layers": 1}, tmp_path / "theirs"))
+    assert model.config.mtp == 0 and "1 multi-token modules, which are not in the folder" in model.notes[0]
+    config = dataclasses.replace(model.config, mtp=1)
+    made = empty_model(config, VOCAB, 64)
+    materialize(made, torch.device("cpu"), 3, torch.float32)
+    weights = dict(made.named_parameters())
+    export_huggingface(StoredModel(config, VOCAB, 64, torch.float32, weights.__getitem__, tmp_path), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / SINGLE)
+    assert torch.equal(tensors["model.layers.3.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    tensors["model.layers.3.shared_head.head.weight"] += 1
+    save_file(tensors, tmp_path / "out" / SINGLE)
+    with pytest.raises(UserError, match=r"unexpected model.layers.3.shared_head.head.weight"):
+        open_huggingface(tmp_path / "out")
+
+
+def _saved(values: dict[str, Any], path: Path) -> Path:
+    build("DeepseekV3", values).save_pretrained(path)
+    return path
 
 
 def test_four_bits_become_what_transformers_makes_of_them(tmp_path: Path) -> None:

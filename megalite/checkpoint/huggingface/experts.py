@@ -1,4 +1,4 @@
-"""What config.json says of experts and latents, both ways. Knows nothing of tensors or of torch.
+"""What config.json says of experts, latents and multi-token modules, both ways. Knows nothing of tensors or of torch.
 
 Settings of training alone (losses that balance, capacity, jitter) are neither read nor written: transformers routes
 without them, and its router_aux_loss_coef weighs another formula than model.moe.aux_loss.
@@ -11,7 +11,7 @@ from typing import Any
 from megalite.checkpoint.huggingface.families import LATENT_NORM_EPS, WITH_EXPERTS
 from megalite.config.schema import MLAConfig, ModelConfig, MoEConfig
 from megalite.errors import UserError
-from megalite.model.size import expert_ffn, head_dim, latent, moe_layers, query_dim, value_dim
+from megalite.model.size import expert_ffn, head_dim, latent, query_dim, value_dim
 
 BIAS_RATE = 0.001
 """DeepSeek-V3's (arXiv:2412.19437, section 4.2); config.json does not hold it."""
@@ -71,6 +71,12 @@ def read_latents(name: str, values: dict[str, Any]) -> MLAConfig:
     )
 
 
+def read_modules(name: str, values: dict[str, Any]) -> int:
+    """Multi-token modules, in the older or the newer word."""
+    key = "num_nextn_predict_layers" if "num_nextn_predict_layers" in values else "num_mtp_layers"
+    return int(values.get(key, 0)) if name == "deepseek_v3" else 0
+
+
 def write_experts(config: ModelConfig) -> dict[str, Any]:
     moe = config.moe
     document: dict[str, Any] = {"num_experts_per_tok": moe.top_k, "router_aux_loss_coef": 0.0}
@@ -81,6 +87,7 @@ def write_experts(config: ModelConfig) -> dict[str, Any]:
             "n_shared_experts": moe.shared_ffn // expert_ffn(config),
             "first_k_dense_replace": moe.dense_layers,
             "moe_layer_freq": 1,
+            "num_nextn_predict_layers": config.mtp,
             "norm_topk_prob": moe.normalize,
             "scoring_func": "sigmoid",
             "topk_method": "noaux_tc",
@@ -134,7 +141,7 @@ def mscales(config: ModelConfig) -> dict[str, float]:
 def normal_experts(config: ModelConfig) -> dict[str, Any]:
     """model.moe with what is implied written out, what has no effect at its default, and without settings of training
     alone."""
-    moe = dataclasses.replace(config.moe) if moe_layers(config) else MoEConfig()
+    moe = dataclasses.replace(config.moe) if config.moe.experts else MoEConfig()
     moe.ffn = expert_ffn(config) if moe.experts else None
     moe.bias_rate = None if moe.bias_rate is None else BIAS_RATE
     moe.top_groups = 1 if moe.groups == 1 else moe.top_groups

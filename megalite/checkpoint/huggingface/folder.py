@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.huggingface.families import SPECIAL_TOKENS
-from megalite.checkpoint.huggingface.names import IGNORED, PREFIXES, TABLES, rules_for
+from megalite.checkpoint.huggingface.names import COPIES, IGNORED, PREFIXES, TABLES, copies_for, rules_for
 from megalite.checkpoint.huggingface.quantized import Dequantized
 from megalite.checkpoint.huggingface.read import read_config
 from megalite.checkpoint.huggingface.rule import Rule, Shape
@@ -45,6 +45,10 @@ def open_huggingface(folder: Path) -> StoredModel:
     raw = TensorFolder(folder)
     refuse_impossible(config, config.vocab, config.max_positions, raw, folder / "config.json")
     stored = Dequantized(raw, document.get("quantization_config"))
+    notes = stored.notes
+    if config.mtp and not any(name.startswith(f"model.layers.{config.layers}.") for name in stored):
+        notes += (f"its config.json speaks of {config.mtp} multi-token modules, which are not in the folder",)
+        config.mtp = 0
     shapes = parameter_shapes(config, config.vocab, config.max_positions)
     prefix = PREFIXES[config.family]
     forms = (rules_for(config, shapes, form) for form in range(len(TABLES[config.family])))
@@ -70,7 +74,7 @@ def open_huggingface(folder: Path) -> StoredModel:
         tensor=tensor,
         folder=folder,
         special_tokens={key: document[key] for key in SPECIAL_TOKENS if document.get(key) is not None},
-        notes=stored.notes,
+        notes=notes,
     )
 
 
@@ -78,7 +82,7 @@ def export_huggingface(model: StoredModel, output: Path, shard_bytes: int = SHAR
     """Write `model` as a folder that transformers loads; tensors keep their dtype. The folder appears whole or not."""
     document = write_config(model.config, model.vocab, model.max_positions)
     shapes = model.shapes()
-    rules = {rule.theirs: rule for rule in rules_for(model.config, shapes)}
+    rules = {rule.theirs: rule for rule in [*rules_for(model.config, shapes), *copies_for(model.config)]}
     document |= dict.fromkeys(SPECIAL_TOKENS) | dict(model.special_tokens)
     document |= {"torch_dtype": str(model.dtype).removeprefix("torch."), "use_cache": True}
     unwritten = set(shapes) - {name for rule in rules.values() for name in rule.ours}
@@ -90,7 +94,8 @@ def export_huggingface(model: StoredModel, output: Path, shard_bytes: int = SHAR
     read = lru_cache(maxsize=2)(model.tensor)  # the rules of an expert come one after another
 
     def tensor(theirs: str) -> Tensor:
-        return rules[theirs].join([read(name) for name in rules[theirs].ours])
+        whole = rules[theirs].join([read(name) for name in rules[theirs].ours])
+        return whole.clone() if theirs.endswith(tuple(COPIES)) else whole  # safetensors refuses shared memory
 
     with new_folder(output) as folder:
         (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -123,8 +128,7 @@ def _check(folder: Path, rules: list[Rule], shapes: Shapes, stored: Dequantized,
         elif stored.shapes[name] != wanted:
             misshaped.append(f"{name} {list(stored.shapes[name])} instead of {list(wanted)}")
     unexpected = [name for name in stored if name not in expected and not name.endswith(IGNORED)]
-    if "lm_head.weight" in unexpected and _equal(stored, "lm_head.weight", rules, prefix):
-        unexpected.remove("lm_head.weight")  # a tied head stored a second time
+    unexpected = [name for name in unexpected if not _is_copy(stored, name, rules, prefix)]
     problems = [
         f"{what} {_some(names)}"
         for what, names in (("missing", missing), ("mis-shaped", misshaped), ("unexpected", unexpected))
@@ -134,10 +138,15 @@ def _check(folder: Path, rules: list[Rule], shapes: Shapes, stored: Dequantized,
         raise UserError(f"{folder}: tensors do not fit its config.json: {'; '.join(problems)}; fetch the folder again")
 
 
-def _equal(stored: Dequantized, head: str, rules: list[Rule], prefix: str) -> bool:
-    embedding = next(rule.theirs for rule in rules if rule.ours == ("embedding.weight",))
-    name = stored_name(embedding, stored, prefix)
-    return name in stored and torch.equal(stored[head], stored[name])
+def _is_copy(stored: Dequantized, name: str, rules: list[Rule], prefix: str) -> bool:
+    """Whether `name` is a tied head or what a multi-token module shares, stored a second time."""
+    first = {"lm_head.weight": "embedding.weight"} | COPIES
+    ours = next((first[theirs] for theirs in first if name.endswith(theirs)), None)
+    held = {rule.ours[0]: rule.theirs for rule in rules if len(rule.ours) == 1}
+    if ours is None:
+        return False
+    original = stored_name(held.get(ours, held["embedding.weight"]), stored, prefix)
+    return original in stored and torch.equal(stored[name], stored[original])
 
 
 def _some(names: list[str]) -> str:

@@ -1,8 +1,10 @@
 """Which Hugging Face tensor holds which of our parameters, per family. Data only.
 
-In a table {theirs: ours}, `{i}` stands for the layer and `{e}` for the expert that a tensor holds. Several of ours are
-joined ("a + b") or take turns ("a / b"); ".T" marks a transposed tensor, ".R(heads)" RoPE's pairs side by side
-(`Rule`). Rules about parameters that a model does not have (a bias, a tied head) do not apply to it.
+In a table {theirs: ours}, `{i}` stands for the layer and `{e}` for the expert that a tensor holds; `{block}` is our
+name of the layer, `{module}` of the multi-token module around it: those count as layers behind the last. Several of
+ours are joined ("a + b") or take turns ("a / b"); ".T" marks a transposed tensor, ".S" swapped halves, ".R(heads)"
+RoPE's pairs side by side (`Rule`). Rules about parameters that a model does not have (a bias, a tied head) do not
+apply to it.
 """
 
 import re
@@ -15,8 +17,8 @@ Table = dict[str, str]
 
 
 def _layers(block: str, table: Table) -> Table:
-    """A table about one layer, of all layers: names start with `block`, ours with blocks.{i}."""
-    return {f"{block}.{{i}}.{theirs}": re.sub(r"(^| [+/] )", r"\1blocks.{i}.", ours) for theirs, ours in table.items()}
+    """A table about one layer, of all layers: names start with `block`, ours with {block}."""
+    return {f"{block}.{{i}}.{theirs}": re.sub(r"(^| [+/] )", r"\1{block}.", ours) for theirs, ours in table.items()}
 
 
 _LLAMA_ENDS = {
@@ -109,10 +111,18 @@ _DEEPSEEK = _QWEN3_MOE | {
     "mlp.gate.e_score_correction_bias": "mlp.router.expert_bias",
     **{f"mlp.shared_experts.{name}_proj.weight": f"mlp.shared.{name}.weight" for name in ("gate", "up", "down")},
 }
+_MULTI_TOKEN = {
+    "model.layers.{i}.enorm.weight": "{module}.token_norm.weight",
+    "model.layers.{i}.hnorm.weight": "{module}.hidden_norm.weight",
+    "model.layers.{i}.eh_proj.weight": "{module}.projection.weight.S",
+    "model.layers.{i}.shared_head.norm.weight": "{module}.final_norm.weight",
+}
+COPIES = {"embed_tokens.weight": "embedding.weight", "shared_head.head.weight": "head.weight"}
+"""What a multi-token module's layer stores a second time, as published."""
 
 
 def _with_experts(block: Table, *forms: Table) -> tuple[Table, ...]:
-    return tuple(_LLAMA_ENDS | _layers("model.layers", block | form) for form in forms)
+    return tuple(_LLAMA_ENDS | _layers("model.layers", block | form) | _MULTI_TOKEN for form in forms)
 
 
 TABLES: dict[str, tuple[Table, ...]] = {
@@ -145,14 +155,22 @@ def rules_for(config: ModelConfig, names: Iterable[str], form: int = 0) -> list[
     return [rule for row in TABLES[config.family][form].items() for rule in _written_out(*row, config, present)]
 
 
+def copies_for(config: ModelConfig) -> list[Rule]:
+    """Tensors that a folder has beside those of `rules_for`."""
+    copies = dict.fromkeys(COPIES, "embedding.weight") if config.tied_embeddings else COPIES
+    layers = range(config.layers, config.layers + config.mtp)
+    return [Rule(f"model.layers.{i}.{theirs}", (ours,)) for i in layers for theirs, ours in copies.items()]
+
+
 def _written_out(theirs: str, ours: str, config: ModelConfig, present: set[str]) -> Iterator[Rule]:
-    rotary = re.search(r"\.R\((\w+)\)$", ours)
-    ours = ours[: rotary.start()] if rotary else ours
-    heads = config.heads if rotary and rotary[1] == "heads" else 1
-    turned = (heads, config.mla.rope_dim) if rotary else None
-    names = re.split(r" [+/] ", ours.removesuffix(".T"))
-    for i in range(config.layers if "{i}" in theirs else 1):
-        of_layer = tuple(name.format(i=i) for name in names)
+    mark = re.search(r"\.(T|S|R\((\w+)\))$", ours)
+    names = re.split(r" [+/] ", ours[: mark.start()] if mark else ours)
+    kind = mark[1][0] if mark else ""
+    turned = (config.heads if mark and mark[2] == "heads" else 1, config.mla.rope_dim) if kind == "R" else None
+    for i in range(config.layers + config.mtp if "{i}" in theirs else 1):
+        module = f"mtp.{i - config.layers + 1}"
+        block = f"blocks.{i}" if i < config.layers else f"{module}.block"
+        of_layer = tuple(name.format(block=block, module=module) for name in names)
         if present.issuperset(of_layer):
             for e in range(config.moe.experts) if "{e}" in theirs else (None,):
-                yield Rule(theirs.format(i=i, e=e), of_layer, " / " in ours, ours.endswith(".T"), e, turned)
+                yield Rule(theirs.format(i=i, e=e), of_layer, " / " in ours, kind == "T", e, turned, kind == "S")

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megalite.checkpoint.huggingface.experts import attention_scale, mscale, read_experts, read_latents
+from megalite.checkpoint.huggingface.experts import attention_scale, mscale, read_experts, read_latents, read_modules
 from megalite.checkpoint.huggingface.families import (
     BY_MODEL_TYPE,
     FAMILIES,
@@ -91,6 +91,7 @@ def _read_llama_like(name: str, values: dict[str, Any], where: str) -> ModelConf
         window_pattern=pattern,
         mla=mla,
         moe=moe,
+        mtp=read_modules(name, values),
         init_std=float(values.get("initializer_range", 0.02)),
         activation=_activation(stated, GATED_ACTIVATIONS, where),
     )

@@ -15,7 +15,8 @@ class Rule(NamedTuple):
 
     `alternating`: the outputs of ours take turns. `transposed`: the last two axes are swapped. `expert`: that expert of
     ours alone. `rotary`: (heads, rotated): the last rows of each head are turned by RoPE; theirs have the two that turn
-    together beside each other, ours have them half of the rotated rows apart.
+    together beside each other, ours have them half of the rotated rows apart. `swapped`: the two halves of the inputs
+    are the other way round.
     """
 
     theirs: str
@@ -24,6 +25,7 @@ class Rule(NamedTuple):
     transposed: bool = False
     expert: int | None = None
     rotary: tuple[int, int] | None = None
+    swapped: bool = False
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Their tensor, from the whole tensors `ours`."""
@@ -35,11 +37,15 @@ class Rule(NamedTuple):
             whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=_outputs(parts[0].shape))
         if self.rotary:
             whole = _turned(whole, *self.rotary, (2, -1))
+        if self.swapped:
+            whole = whole.roll(whole.shape[1] // 2, 1)
         return whole.mT if self.transposed else whole
 
     def split(self, whole: Tensor, shapes: Sequence[Shape]) -> Sequence[Tensor]:
         """`ours`, of those shapes, from their tensor; of one expert where the rule is about one."""
         whole = whole.mT if self.transposed else whole
+        if self.swapped:
+            whole = whole.roll(whole.shape[1] // 2, 1)
         if self.rotary:
             whole = _turned(whole, *self.rotary, (-1, 2))
         if self.alternating:

@@ -31,7 +31,6 @@ from megalite.model.size import (
     kv_heads,
     latent,
     layer_windows,
-    moe_layers,
     query_dim,
     rotary_dim,
 )
@@ -90,7 +89,7 @@ def normal_form(config: ModelConfig) -> dict[str, Any]:
     values = dataclasses.asdict(dataclasses.replace(config, rope=rope if config.position == "rope" else plain))
     values |= {"kv_heads": kv_heads(config), "head_dim": head_dim(config), "windows": layer_windows(config)}
     values["attention_scale"] = config.attention_scale or query_dim(config) ** -0.5
-    if moe_layers(config) == config.layers:
+    if config.moe.experts and not config.moe.dense_layers:
         values["ffn"] = expert_ffn(config)
     if config.norm == "layernorm":
         values["norm_zero_centered"] = False
