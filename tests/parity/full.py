@@ -53,6 +53,8 @@ TURNS = [
     ("node", "adamw"), ("all_to_all", "muon"),
 ]  # fmt: skip
 """Dispatchers and optimizers of models with experts; seven, which divides no number of models."""
+EXPERT_STEPS = 2
+"""The second sees the biases and loads that the first has moved."""
 QUANTITIES = ("loss", "gradients", "norm", "weights, SGD", "weights, AdamW", "weights, Muon")
 
 
@@ -76,9 +78,9 @@ has another number of valid tokens, some have none. It is compared with one proc
 unclipped gradient norm of every step, every parameter's whole gradient of the first step, every weight after the last.
 SGD has momentum, and a pipeline twice as many microbatches as stages where there are samples for it; under AdamW
 clipping is active in every step, there are as many microbatches as stages, the ranks stand in another order, and the
-loss goes by chunks of {chunk} rows. With experts every layout is folded in every way over ep and etp; six models with
-experts, the optimizers and the dispatchers take turns, and a microbatch is one sample. Errors are relative, of a tensor
-by its norm; a cell is the worst of all its trainings. Bounds: {bounds}.
+loss goes by chunks of {chunk} rows. With experts every layout is folded in every way over ep and etp, and trained for
+{expert_steps} steps; models with experts, the optimizers and the dispatchers take turns, and a microbatch is one
+sample. Errors are relative, of a tensor by its norm; a cell is the worst of all its trainings. Bounds: {bounds}.
 A gradient that is zero in mathematics (GPT-2's key biases, which softmax ignores) is measured against 1e-6 of the
 largest tensor: the errors near 1e-11 are theirs.
 
@@ -130,7 +132,7 @@ def expert_case(number: int, layout: Layout) -> Case:
     node = {"dispatcher": kind, "node_ranks": max(1, ranks // 2)} if kind == "node" else {"dispatcher": kind}
     spread = replace(layout, **node) if ranks > 1 else layout  # type: ignore[arg-type]
     models = [SPARSE[(number + n) % len(SPARSE)] for n in range(len(SPARSE))]
-    tasks = (Task(model, optim if layout.zero < 3 else "adamw") for model in models)
+    tasks = (Task(model, optim if layout.zero < 3 else "adamw", steps=EXPERT_STEPS) for model in models)
     return Case(spread, next(task for task in tasks if legal(spread, task)))
 
 
@@ -265,7 +267,7 @@ def page(version: str) -> str:
     all_layouts_there_are = len({_axes(case.layout) for case in wanted})
     lines = [
         HEAD.format(
-            chunk=CHUNK_ROWS, layouts=len(layouts), of=all_layouts_there_are, runs=len(found), wanted=len(wanted),
+            chunk=CHUNK_ROWS, expert_steps=EXPERT_STEPS, layouts=len(layouts), of=all_layouts_there_are, runs=len(found), wanted=len(wanted),
             wrong=len(wrong), current=current, processes=len(by_processes), compositions=len(compositions),
             joined=len(set(map(_composition, by_processes))),
             bounds=", ".join(f"{kind} {bound:.0e}" for kind, bound in BOUNDS.items()),
