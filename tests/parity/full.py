@@ -267,7 +267,8 @@ def page(version: str) -> str:
     all_layouts_there_are = len({_axes(case.layout) for case in wanted})
     lines = [
         HEAD.format(
-            chunk=CHUNK_ROWS, expert_steps=EXPERT_STEPS, layouts=len(layouts), of=all_layouts_there_are, runs=len(found), wanted=len(wanted),
+            chunk=CHUNK_ROWS, expert_steps=EXPERT_STEPS,
+            layouts=len(layouts), of=all_layouts_there_are, runs=len(found), wanted=len(wanted),
             wrong=len(wrong), current=current, processes=len(by_processes), compositions=len(compositions),
             joined=len(set(map(_composition, by_processes))),
             bounds=", ".join(f"{kind} {bound:.0e}" for kind, bound in BOUNDS.items()),
