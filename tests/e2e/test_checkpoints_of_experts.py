@@ -1,6 +1,7 @@
 """A run with experts over two ranks leaves checkpoints that one process inspects, exports, samples from and goes on
 with."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,18 @@ def test_saved_by_two_used_by_one(
     assert f"step {STEPS}" in capsys.readouterr().out
     train(str(two), (*words, "train.steps=4"), 1)
     assert sorted(path.name for path in (two / "checkpoints").iterdir())[-1] == "step_00000004"
+
+
+def test_started_by_two_from_a_model_folder(tmp_path: Path) -> None:
+    """The weights of a Hugging Face folder start a run on two ranks as on one, at step 0."""
+    train(str(tmp_path / "first"), MIXTRAL, 1)
+    assert main(["checkpoint", "export", f"checkpoint={tmp_path / 'first'}", f"output={tmp_path / 'theirs'}"]) == 0
+    words = (*MIXTRAL, f"checkpoint.resume={tmp_path / 'theirs'}", "train.seed=5")
+    train(str(tmp_path / "one"), words, 1)
+    run_ranks(2, train, str(tmp_path / "two"), (*words, "parallel.ep=2", "parallel.zero=1"), 2)
+    rows = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("first", "one", "two")
+    ]
+    assert rows[1] == pytest.approx(rows[2], rel=1e-9) and len(rows[1]) == STEPS
+    assert rows[1][0] < rows[0][0] - 0.01
