@@ -28,14 +28,14 @@ EIGHT = [
 ]
 FAULTY = list(dict.fromkeys((mutation.layout, mutation.task) for mutation in MUTATIONS.values()))
 COVERING = covering(FAULTY)
-# The layouts of the faults are trained, with a fault and without, in test_mutations, as processes; these are threads.
+# The layouts of the faults are trained, with a fault and without, in test_mutations.
 CASES = COVERING[len(FAULTY) :] + EIGHT
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_same_as_one_process(part: int) -> None:
     for case in CASES[part::PARTS]:
-        found = errors(trained(*case, threads=case not in EIGHT), alone(*case))
+        found = errors(trained(*case), alone(*case))
         assert all(found[kind] <= bound for kind, bound in BOUNDS.items()), f"{case}: {found}"
 
 
