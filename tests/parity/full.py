@@ -2,8 +2,8 @@
 
     python -m tests.parity.full [--world 2 4 8] [--jobs 2] [--slice 1/4] [--report]
 
-Ranks are threads of one process (`tests/thread_ranks.py`), which takes a third of the time; of each composition of axes
-one layout also runs on gloo processes, with another schedule and ZeRO stage each.
+Ranks are threads of one process (`tests/thread_ranks.py`), which takes half the processor time; of each composition
+of axes one layout also runs on gloo processes, with another schedule and ZeRO stage each.
 
 Results accumulate in `tests/parity/results.jsonl`, so a run goes on where the last one stopped and slices may run on
 several machines; a result counts only for the engine's sources that gave it. At the end `docs/parity.md` is written
