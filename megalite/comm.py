@@ -314,7 +314,7 @@ class _Batch:
     def wait(self) -> None:
         for work in self.works:
             work.wait()
-        self.tensors = []
+        self.works, self.tensors = [], []  # a work holds its tensors too
 
 
 class _OrderedSum:

@@ -56,7 +56,7 @@ def refuse_impossible(config: ModelConfig, vocab: int, max_positions: int, tenso
     The rules are those of the command line's `model.*`, and that the folder with `tensors` can hold as much.
     """
     described = dataclasses.replace(config, vocab=vocab, max_positions=max_positions)
-    problems = [line for line in violations(Config(model=described)) if line.startswith("model.")]
+    problems = [line for line in violations(Config(model=described), trains=False) if line.startswith("model.")]
     if not problems and config.layers > len(tensors):
         problems = [f"model.layers={config.layers}: the folder has {len(tensors)} tensors"]
     if not problems and config.rope.theta <= 1:

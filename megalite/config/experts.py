@@ -64,7 +64,7 @@ def router_can_choose(job: Job) -> Iterator[str]:
 @RULES.reads(
     "model.moe.experts", "model.moe.router", "model.moe.bias_rate", "model.moe.aux_loss", "model.moe.jitter",
     "model.moe.dense_layers", "model.layers", "model.moe.shared_gate", "model.moe.shared_ffn", "model.moe.capacity",
-    "model.moe.pad",
+    "model.moe.pad", "model.moe.top_k", "model.moe.normalize", "log.sample",
 )  # fmt: skip
 def expert_options_fit(job: Job) -> Iterator[str]:
     moe, layers = job.config.model.moe, job.config.model.layers
@@ -82,6 +82,10 @@ def expert_options_fit(job: Job) -> Iterator[str]:
         yield f"model.moe.jitter={moe.jitter}: factors in 1 - jitter to 1 + jitter; below 1, such as 0.01"
     if moe.bias_rate is not None and moe.router not in ("softmax", "sigmoid"):
         yield f"model.moe.bias_rate={moe.bias_rate}: of router softmax or sigmoid (this is {moe.router}); set null"
+    if job.trains and moe.top_k == 1 and moe.normalize and moe.router in ("softmax", "sigmoid"):
+        yield "model.moe.normalize=true: with top_k 1 every weight is 1, and the router learns nothing of it; set false"
+    if moe.router == "expert_choice" and job.config.log.sample is not None:
+        yield "log.sample: router=expert_choice looks at later tokens and cannot generate; set null"
     if moe.aux_loss and moe.router == "expert_choice":
         yield f"model.moe.aux_loss={moe.aux_loss}: router=expert_choice is balanced by itself; set 0"
 

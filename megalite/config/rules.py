@@ -27,13 +27,15 @@ class Rules(list[tuple[tuple[str, ...], Rule]]):
 
 @dataclass(frozen=True)
 class Job:
-    """A configuration and the ranks it is to run on; None: no job is running yet, then dp -1 stands for 1.
+    """A configuration and the ranks it is to run on; None: no job is running yet, then dp -1 stands for 1. `trains`:
+    False where a model is only described.
 
     What the keys' -1, 0 and null stand for. Only `inner`, `dp` and `stages` have a meaning before all rules hold.
     """
 
     config: Config
     world_size: int | None
+    trains: bool = True
 
     @property
     def inner(self) -> int:

@@ -25,10 +25,10 @@ def validate(config: Config, world_size: int | None = None) -> None:
         raise UserError(*problems)
 
 
-def violations(config: Config, world_size: int | None = None) -> list[str]:
+def violations(config: Config, world_size: int | None = None, trains: bool = True) -> list[str]:
     """A line for each violated rule. A rule is skipped when one of its keys is already outside its own limits."""
     bad = {path: line for path in leaves(Config) if (line := _outside(config, path))}
-    job = Job(config, world_size)
+    job = Job(config, world_size, trains)
     return [
         *bad.values(),
         *(

@@ -42,10 +42,10 @@ class Experts(nn.Module):
     def forward(self, work: Work, rows_an_expert: int | None = None) -> Tensor:
         """[R, D]. `rows_an_expert`: every expert computes so many, filled up with zeros."""
         if rows_an_expert is not None:
-            x, offsets, inverse = _padded(work, len(self.up), rows_an_expert)
+            x, offsets, inverse = _padded(work, len(self.up), rows_an_expert, self.backend)
         else:
-            # A CPU knows at once how many rows have an expert here; a GPU makes room for all rather than wait.
-            rows = int((work.indices_RK >= 0).sum()) if work.rows_RD.device.type == "cpu" else None
+            # A CPU sees at once how many rows have an expert here; a GPU makes room for all rather than wait.
+            rows = int((work.indices_RK >= 0).sum()) if work.rows_RD.device.type == "cpu" else work.slots
             x, offsets, inverse = moe_permute(
                 work.rows_RD, work.indices_RK, len(self.up), rows=rows, backend=self.backend
             )
@@ -62,9 +62,9 @@ class Experts(nn.Module):
         return grouped_gemm(x, getattr(self, name).transpose(1, 2), offsets, bias, backend=self.backend)
 
 
-def _padded(work: Work, experts: int, room: int) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(work: Work, experts: int, room: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """As `moe_permute`, every expert's rows filled up with zeros to `room`, which none exceeds."""
-    _, offsets, inverse = moe_permute(work.rows_RD[:, :0], work.indices_RK, experts)
+    _, offsets, inverse = moe_permute(work.rows_RD[:, :0], work.indices_RK, experts, backend=backend)
     expert = work.indices_RK.clamp(min=0)
     place = (inverse - offsets[expert] + expert * room).masked_fill(inverse < 0, -1)
     rows = work.rows_RD.repeat_interleave(place.shape[1], dim=0)

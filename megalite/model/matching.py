@@ -11,14 +11,19 @@ from torch import Tensor
 from megalite.config.schema import MoEConfig
 from megalite.parallel.tokens import Tokens
 
-SINKHORN_TOLERANCE, SINKHORN_ROUNDS = 1e-4, 100
+SINKHORN_ROUNDS, TINY = 50, 1e-20
+"""A fixed number: looking whether it is over would make a GPU wait."""
+
+
+def capacity_rows(moe: MoEConfig, tokens: int) -> int:
+    """Slots that an expert takes of a microbatch of `tokens`."""
+    return math.ceil((moe.capacity or 1.0) * moe.top_k * tokens / moe.experts)
 
 
 def over_capacity(indices_TK: Tensor, probs_TK: Tensor, moe: MoEConfig, total: int) -> Tensor:
     """Which slots [T, K] find their expert full: it takes ceil(capacity · K · T / E), those with the highest
     probability or those of the first tokens; of equals the earlier."""
-    assert moe.capacity is not None
-    room = math.ceil(moe.capacity * moe.top_k * total / moe.experts)
+    room = capacity_rows(moe, total)
     expert = indices_TK.flatten()
     order = torch.arange(len(expert), device=expert.device)
     if moe.drop == "probability":
@@ -33,13 +38,11 @@ def over_capacity(indices_TK: Tensor, probs_TK: Tensor, moe: MoEConfig, total: i
 def sinkhorn(logits_TE: Tensor) -> Tensor:
     """Scores scaled by rows and columns until every token and every expert weighs the same (BASE layers,
     arXiv:2103.16716, with Sinkhorn's iteration as arXiv:2204.08396)."""
-    cost = (logits_TE - logits_TE.amax()).exp()
+    cost = (logits_TE - logits_TE.amax(-1, keepdim=True)).exp()  # a token's own factor changes nothing
     rows, columns = (torch.ones(n, dtype=cost.dtype, device=cost.device) for n in cost.shape)
     for _ in range(SINKHORN_ROUNDS):
-        rows = 1.0 / (len(rows) * (cost @ columns) + 1e-8)
-        before, columns = columns, 1.0 / (len(columns) * (rows @ cost) + 1e-8)
-        if (columns - before).abs().mean() <= SINKHORN_TOLERANCE:
-            break
+        rows = 1.0 / (len(rows) * (cost @ columns) + TINY)
+        columns = 1.0 / (len(columns) * (rows @ cost) + TINY)
     return cost * rows[:, None] * columns
 
 
@@ -47,7 +50,7 @@ def chosen_by_experts(scores_TE: Tensor, moe: MoEConfig) -> Tensor:
     """Each expert's best ceil(capacity · K · T / E) tokens (arXiv:2202.09368), as the experts of each token [T, E],
     rising, then -1. Of equal tokens the earlier is chosen."""
     tokens, experts = scores_TE.shape
-    room = min(tokens, math.ceil((moe.capacity or 1.0) * moe.top_k * tokens / experts))
+    room = min(tokens, capacity_rows(moe, tokens))
     best = rounded(scores_TE).sort(dim=0, descending=True, stable=True).indices[:room]
     taken = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(0, best, True)
     number = torch.arange(experts, device=scores_TE.device).expand_as(scores_TE)

@@ -1,14 +1,14 @@
 """A mixture-of-experts layer in the place of an MLP: router, dispatcher, experts, and a shared expert beside them."""
 
-import math
-
 import torch
 from megalite_kernels import linear
 from torch import Tensor, nn
 
 from megalite.config.schema import ModelConfig
+from megalite.errors import UserError
 from megalite.model.attention import Context
 from megalite.model.experts import Experts
+from megalite.model.matching import capacity_rows
 from megalite.model.mlp import MLP
 from megalite.model.router import Router
 from megalite.parallel.context import ContextParallel
@@ -30,7 +30,6 @@ class MoE(nn.Module):
         self.shared = MLP(config, output_std, moe.shared_ffn) if moe.shared_ffn else None
         gate = declare(1, config.hidden, role="router", std=config.init_std) if moe.shared_gate else None
         self.shared_gate = gate
-        self.padded_to = moe.capacity if moe.pad else None
         self.config = moe
         self.tp: TensorParallel = ALONE
         self.cp: ContextParallel | None = None
@@ -49,6 +48,10 @@ class MoE(nn.Module):
 
     @torch.compiler.disable  # sizes depend on the data, and most of it is communication
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        if context.cache is not None and self.config.router == "expert_choice":
+            raise UserError(
+                "model.moe.router=expert_choice: looks at later tokens and cannot generate; evaluate instead"
+            )
         own = self.tp.own(x)
         tokens = own_tokens(self.tp, self.cp, context.batch, len(own), own.device)
         routing = self.router(own, tokens, context.tokens_BS)
@@ -65,8 +68,8 @@ class MoE(nn.Module):
 
     def _room(self, tokens: int) -> int | None:
         """Rows of an expert where they are padded: its capacity, of every microbatch whose tokens come here."""
-        if self.padded_to is None:
+        if not self.config.pad:
             return None
         moe, mesh = self.config, self.tp.comm.mesh
         together = {mesh.coordinates(rank)["dp"] for rank in mesh.ranks("ep", "etp")}
-        return math.ceil(self.padded_to * moe.top_k * tokens / moe.experts) * len(together)
+        return capacity_rows(moe, tokens) * len(together)

@@ -69,6 +69,7 @@ def spread_experts(stages: Sequence[nn.Module], comm: Communicator, config: Conf
             module.dispatcher = make_dispatcher(
                 parallel.dispatcher, comm, config.model.moe.experts, parallel.node_ranks
             )
+            module.dispatcher.backend = config.train.kernels
             module.experts.first_part = comm.mesh.index("etp") == 0
             module.router.share, module.router.seed = train.micro_batch / train.global_batch, train.seed
 
@@ -84,8 +85,8 @@ def apply_recompute(model: Transformer, recompute: RecomputeConfig) -> None:
     """Chooses what backward computes again instead of keeping, in every n-th layer, and what waits in host memory.
 
     "activation": the output of the MLP's activation function, the cheapest memory there is. "selective": attention
-    probabilities too; no weight matmul runs twice. "full": whole blocks; only their inputs are kept. Every mode gives
-    the same bits.
+    probabilities too; no weight matmul runs twice but the last of the experts'. "full": whole blocks; only their inputs
+    are kept. Every mode gives the same bits.
     """
     mode = recompute.mode
     assert mode in ("none", "activation", "selective", "full"), mode

@@ -5,7 +5,6 @@ choice), alike on all ranks that share it; so routing depends on no layout. Dime
 microbatch, E experts, K experts a token.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +58,12 @@ class Router(nn.Module):
             probs = self._balanced(probs, logits_NE, indices, kept, tokens)
         return Routing(kept, probs)
 
+    def bias_range(self) -> Tensor:
+        """[2] float64: the smallest and the largest expert bias; zeros where there is none."""
+        if self.expert_bias is None:
+            return torch.zeros(2, dtype=torch.float64, device=self.weight.device)
+        return torch.stack(self.expert_bias.aminmax()).double()
+
     def _match(self, logits_NE: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """(experts [N, K], their weights [N, K])."""
         moe = self.moe
@@ -66,6 +71,8 @@ class Router(nn.Module):
             slots = tokens.numbers_N[:, None] * moe.top_k + torch.arange(moe.top_k, device=logits_NE.device)
             return self._weights(logits_NE, slots % moe.experts)
         if moe.router == "sinkhorn":
+            if not torch.is_grad_enabled():  # one token, say, has nothing to be balanced with
+                return self._weights(logits_NE, logits_NE.topk(moe.top_k, dim=-1).indices)
             even = sinkhorn(tokens.everyone(logits_NE.detach()))
             return self._weights(logits_NE, tokens.mine(even.topk(moe.top_k, dim=-1).indices))
         if moe.router == "expert_choice":
@@ -165,7 +172,8 @@ class Seen:
             return
         experts = scores_NE.shape[1]
         chosen = indices_NK.masked_fill(indices_NK < 0, experts).flatten()
-        load = torch.bincount(chosen, minlength=experts + 1)[:experts].double()
+        ones = torch.ones_like(chosen, dtype=torch.float64)
+        load = ones.new_zeros(experts + 1).scatter_add_(0, chosen, ones)[:experts]
         entropy = -(scores_NE * (scores_NE + TINY).log()).sum()
         dropped = ((kept_NK < 0) & (indices_NK >= 0)).sum()
         sums = [float(len(scores_NE)), dropped, entropy, balance.detach() * share, z.detach() * share]
@@ -176,9 +184,3 @@ class Seen:
         """[E loads, one number for each of NAMES], float64; starts anew."""
         total, self.total = self.total, None
         return torch.zeros(experts + len(self.NAMES), dtype=torch.float64) if total is None else total
-
-
-def capacity_rows(moe: MoEConfig, tokens: int) -> int:
-    """Tokens that an expert takes of a microbatch of `tokens`."""
-    assert moe.capacity is not None
-    return math.ceil(moe.capacity * moe.top_k * tokens / moe.experts)

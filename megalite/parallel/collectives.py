@@ -177,6 +177,7 @@ class _End(torch.autograd.Function):
         ctx.comm, ctx.axes, ctx.send, ctx.receive, ctx.flight = comm, axes, send, receive, flight
         assert flight.handle is not None
         flight.handle.wait()
+        flight.handle = None
         return got.view_as(got)
 
     @staticmethod

@@ -20,11 +20,12 @@ AXES = ("ep", "etp")
 
 class Work(NamedTuple):
     """What the experts of a rank compute: rows [R, D], the experts of each [R, K] (numbered on this rank; -1: none
-    here) and their probabilities [R, K]."""
+    here) and their probabilities [R, K]. `slots`: how many of the R·K are experts of this rank, where that is known."""
 
     rows_RD: Tensor
     indices_RK: Tensor
     probs_RK: Tensor
+    slots: int | None = None
 
 
 Combine = Callable[[Tensor], Tensor]
@@ -40,10 +41,11 @@ class Dispatcher:
         self.each = experts // self.ep
         self.first = mesh.index("ep") * self.each
         self.node_ranks = node_ranks or self.ep * self.etp
+        self.backend = "auto"
 
     def begin(self, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor) -> Callable[[], tuple[Work, Combine]]:
-        """Starts sending this rank's tokens; what it returns waits for those of others. What is computed in between
-        travels beside them."""
+        """Starts sending this rank's tokens; what it returns waits for those of others. They travel beside what is
+        computed in between, but for all-gather's."""
         return lambda: (Work(x_ND, indices_NK, probs_NK), lambda y_ND: y_ND)
 
     def _local(self, indices: Tensor) -> Tensor:
@@ -52,10 +54,11 @@ class Dispatcher:
         return torch.where(here, indices - self.first, -1)
 
     def _wanted(self, indices_NK: Tensor) -> Tensor:
-        """Whether each rank of the group has an expert of a token, [N, ep·etp]."""
+        """How many experts of a token each rank of the group has, [N, ep·etp]."""
         owner = torch.where(indices_NK < 0, self.ep, indices_NK // self.each)
-        wanted = torch.zeros(len(indices_NK), self.ep + 1, dtype=torch.bool, device=indices_NK.device)
-        return wanted.scatter_(1, owner, True)[:, : self.ep].repeat_interleave(self.etp, dim=1)
+        slots = torch.zeros(len(indices_NK), self.ep + 1, dtype=torch.int64, device=indices_NK.device)
+        slots.scatter_add_(1, owner, torch.ones_like(owner))
+        return slots[:, : self.ep].repeat_interleave(self.etp, dim=1)
 
 
 class AllGather(Dispatcher):
@@ -71,11 +74,11 @@ class AllToAll(Dispatcher):
     """A token travels once to each rank that has one of its experts."""
 
     def begin(self, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor) -> Callable[[], tuple[Work, Combine]]:
-        finish = hop(self.comm, self._wanted(indices_NK), x_ND, indices_NK, probs_NK)
+        finish = hop(self.comm, self._wanted(indices_NK), x_ND, indices_NK, probs_NK, self.backend)
 
         def arrived() -> tuple[Work, Combine]:
-            rows, indices, probs, back = finish()
-            return Work(rows, self._local(indices), probs), back
+            rows, indices, probs, slots, back = finish()
+            return Work(rows, self._local(indices), probs, slots), back
 
         return arrived
 
@@ -86,18 +89,18 @@ class ByNode(Dispatcher):
 
     def begin(self, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor) -> Callable[[], tuple[Work, Combine]]:
         place, size = self.comm.mesh.index(*AXES), self.node_ranks
-        by_node = self._wanted(indices_NK).unflatten(1, (-1, size)).any(-1)
-        across = torch.zeros(len(x_ND), by_node.shape[1], size, dtype=torch.bool, device=x_ND.device)
+        by_node = self._wanted(indices_NK).unflatten(1, (-1, size)).sum(-1)
+        across = by_node.new_zeros(len(x_ND), by_node.shape[1], size)
         across[:, :, place % size] = by_node
-        finish = hop(self.comm, across.flatten(1), x_ND, indices_NK, probs_NK)
+        finish = hop(self.comm, across.flatten(1), x_ND, indices_NK, probs_NK, self.backend)
 
         def arrived() -> tuple[Work, Combine]:
-            rows, indices, probs, back_across = finish()
+            rows, indices, probs, _, back_across = finish()
             inside = self._wanted(indices)
             elsewhere = torch.arange(inside.shape[1], device=inside.device) // size != place // size
-            inside = inside.masked_fill(elsewhere, False)
-            rows, indices, probs, back_inside = hop(self.comm, inside, rows, indices, probs)()
-            return Work(rows, self._local(indices), probs), lambda y_RD: back_across(back_inside(y_RD))
+            inside = inside.masked_fill(elsewhere, 0)
+            rows, indices, probs, slots, back_inside = hop(self.comm, inside, rows, indices, probs, self.backend)()
+            return Work(rows, self._local(indices), probs, slots), lambda y_RD: back_across(back_inside(y_RD))
 
         return arrived
 
@@ -111,26 +114,31 @@ def make_dispatcher(kind: str, comm: Communicator, experts: int, node_ranks: int
     return (Dispatcher if alone else DISPATCHERS[kind])(comm, experts, node_ranks)
 
 
-Arrived = tuple[Tensor, Tensor, Tensor, Combine]
+Arrived = tuple[Tensor, Tensor, Tensor, int, Combine]
 
 
 def hop(
-    comm: Communicator, wanted_NR: Tensor, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor
+    comm: Communicator, slots_NR: Tensor, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor, backend: str
 ) -> Callable[[], Arrived]:
-    """Starts sending each row to the ranks of ep x etp that want it; then (rows, indices, probs) of the rows that came,
-    by sender, and the way back, which sums what the ranks return of a row, in the order of ranks."""
-    ranks = wanted_NR.shape[1]
-    receive_R = comm.all_to_all(wanted_NR.sum(0), *AXES)
-    send, receive = wanted_NR.sum(0).tolist(), receive_R.tolist()
-    to_NR = torch.where(wanted_NR, torch.arange(ranks, device=wanted_NR.device), -1)
-    rows, _, inverse = moe_permute(x_ND, to_NR, ranks, rows=sum(send))
-    probs, _, _ = moe_permute(probs_NK, to_NR, ranks, rows=sum(send))
+    """Starts sending each row to the ranks of ep x etp that have experts of it, so many `slots`; then (rows, indices,
+    probs) of the rows that came, by sender, their slots here, and the way back, which sums what the ranks return of a
+    row, in the order of ranks."""
+    ranks, wanted_NR = slots_NR.shape[1], slots_NR > 0
+    counts_R2 = torch.stack((wanted_NR.sum(0), slots_NR.sum(0)), dim=1)
+    told_R2 = comm.all_to_all(counts_R2, *AXES)
+    (send, _), (receive, slots) = counts_R2.T.tolist(), told_R2.T.tolist()
+    # A token's ranks side by side, no more than it can have: a GPU makes room for every place.
+    most = min(ranks, indices_NK.shape[1] * comm.mesh.size("etp"))
+    to_NR = torch.where(wanted_NR, torch.arange(ranks, device=wanted_NR.device), ranks).sort(dim=1).values[:, :most]
+    to_NR = to_NR.masked_fill(to_NR == ranks, -1)
+    rows, _, inverse = moe_permute(x_ND, to_NR, ranks, rows=sum(send), backend=backend)
+    probs, _, _ = moe_permute(probs_NK, to_NR, ranks, rows=sum(send), backend=backend)
     indices = indices_NK[wanted_NR.t().nonzero()[:, 1]]
-    _, came = begin_exchange(rows, comm, AXES, send, receive)
     came_probs = exchange(probs, comm, AXES, send, receive)
     came_indices = comm.all_to_all(indices, *AXES, send=send, receive=receive)
+    _, came = begin_exchange(rows, comm, AXES, send, receive)  # last: what is waited for before it would wait for it
 
     def back(y_RD: Tensor) -> Tensor:
-        return moe_unpermute(exchange(y_RD, comm, AXES, receive, send), inverse)
+        return moe_unpermute(exchange(y_RD, comm, AXES, receive, send), inverse, backend=backend)
 
-    return lambda: (came(), came_indices, came_probs, back)
+    return lambda: (came(), came_indices, came_probs, sum(slots), back)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from megalite.comm import Communicator
 from megalite.mesh import Mesh
@@ -40,16 +40,21 @@ def shard_fully(
     gathered alone, the inner ones first, and the mesh axis that each is shared out along. Rows are in
     `precision.main`, whole weights in `precision.compute`. What has no gradient stays whole.
     """
-    meshes = {
-        axis: DeviceMesh.from_group(comm.mesh.group(axis) or comm.mesh.alone(), device.type)
-        for axis in ("shard", *dict.fromkeys(axis for _, axis in units if axis != "shard"))
-    }
+    groups = {axis: comm.mesh.group(axis) or comm.mesh.alone() for axis in ("shard", "edp")}
+    meshes = {axis: DeviceMesh.from_group(groups[axis], device.type) for axis in {"shard", *(a for _, a in units)}}
     states = {p for p in stage.parameters() if not p.requires_grad}
     mixed = MixedPrecisionPolicy(precision.compute, precision.main, cast_forward_inputs=False)
     known = {name: (declaration(p), placement(p)) for name, p in stage.named_parameters()}
     stage.to(precision.main)
+    dims = {p: cut_along(placement(p), comm.mesh) for p in stage.parameters()}
+
+    def place(parameter: nn.Parameter) -> Shard:
+        return Shard(dims[parameter])
+
     for module, axis in (*units, (stage, "shard")):
-        sharded = fully_shard(module, mesh=meshes[axis], mp_policy=mixed, ignored_params=states)
+        sharded = fully_shard(
+            module, mesh=meshes[axis], mp_policy=mixed, ignored_params=states, shard_placement_fn=place
+        )
         sharded.set_custom_all_gather(_Gather(comm, axis))  # type: ignore[arg-type]
         sharded.set_custom_reduce_scatter(_Reduce(comm, axis))  # type: ignore[arg-type]
         sharded.set_gradient_divide_factor(1.0)
@@ -63,14 +68,23 @@ def shard_fully(
         local(parameter).copy_(values.to(dtype_of(declared, precision.compute)))
 
 
+def cut_along(whole: Placement, mesh: Mesh) -> int:
+    """The dimension along which FSDP2 cuts a part of a logical tensor: rows; of experts that are fewer than the ranks
+    that share them, the rows of each where those divide."""
+    ranks = mesh.size("edp")
+    few = whole.replicas == ("edp",) and whole.shape[0] % ranks > 0
+    return 1 if few and len(whole.shape) > 1 and whole.shape[1] % ranks == 0 else 0
+
+
 def rows_of(whole: Placement, mesh: Mesh) -> Placement:
     """This rank's rows of a part of a logical tensor, as FSDP2 cuts it: equally many, fewer or none at the end."""
     axis, copies = ("shard", ("copy",)) if whole.replicas != ("edp",) else ("edp", ())
-    rows, ranks, place = whole.shape[0], mesh.size(axis), mesh.index(axis)
-    each = -(-rows // ranks)
-    start, stop = min(rows, place * each), min(rows, (place + 1) * each)
-    offsets, shape = (whole.offsets[0] + start, *whole.offsets[1:]), (stop - start, *whole.shape[1:])
-    return replace(whole, offsets=offsets, shape=shape, replicas=copies)
+    dim, ranks, place = cut_along(whole, mesh), mesh.size(axis), mesh.index(axis)
+    each = -(-whole.shape[dim] // ranks)
+    start, stop = (min(whole.shape[dim], n * each) for n in (place, place + 1))
+    offsets, shape = list(whole.offsets), list(whole.shape)
+    offsets[dim], shape[dim] = offsets[dim] + start, stop - start
+    return replace(whole, offsets=tuple(offsets), shape=tuple(shape), replicas=copies)
 
 
 class LocalWeights(nn.Module):

@@ -32,16 +32,21 @@ class Balance:
             router.seen.take(self.config.moe.experts)
 
     def measure(self) -> Tensor:
-        """[MoE layers, E + len(Seen.NAMES)] of the whole step, on every rank."""
-        experts = self.config.moe.experts
-        total = torch.zeros(len(self.layers), experts + len(Seen.NAMES), dtype=torch.float64)
-        for layer, router in self.routers.items():
-            total[self.layers.index(layer)] = router.seen.take(experts).cpu()
-        if self.layers:
-            device = next((r.weight.device for r in self.routers.values()), total.device)
-            total = total.to(device)
+        """[MoE layers, E + len(Seen.NAMES) + 2] of the whole step, on every rank: what was seen, and the range of the
+        expert biases that the step began with."""
+        experts, mesh = self.config.moe.experts, self.comm.mesh
+        total = torch.zeros(len(self.layers), experts + len(Seen.NAMES) + 2, dtype=torch.float64)
+        if self.routers:
+            rows = [
+                torch.cat([r.seen.take(experts).to(r.weight.device), r.bias_range()]) for r in self.routers.values()
+            ]
+            mine = torch.stack(rows).cpu()
+            if mesh.index("dp", "cp", "tp") > 0:  # the bias is the same on all of them
+                mine[:, -2:] = 0.0
+            total[[self.layers.index(layer) for layer in self.routers]] = mine
+        if self.layers:  # on the host, where ranks without a router are too
             self.comm.all_reduce(total, *AXES)
-        return total.cpu()
+        return total
 
     @torch.no_grad()
     def update(self, total: Tensor) -> None:
@@ -57,7 +62,7 @@ class Balance:
     def described(self, total: Tensor) -> dict[str, Any] | None:
         """What metrics.jsonl shows, by layer; None without experts. `load`: shares of the slots. `dropped`: share of
         the slots that found their expert full. `entropy`: of the scores, 1 for even ones. `imbalance`: largest load
-        over the mean. `bias`: smallest and largest expert bias of this rank's layers."""
+        over the mean. `bias`: smallest and largest expert bias."""
         if not self.layers:
             return None
         experts = self.config.moe.experts
@@ -71,9 +76,8 @@ class Balance:
                 "entropy": entropy / max(tokens, 1.0) / max(math.log(experts), 1e-9),
                 "imbalance": max(load) * experts / slots,
             }
-            bias = self.routers[layer].expert_bias if layer in self.routers else None
-            if bias is not None:
-                described["bias"] = [bias.min().item(), bias.max().item()]
+            if self.config.moe.bias_rate is not None:
+                described["bias"] = row[-2:]
             layers[str(layer)] = described
         losses = total[:, experts:].sum(0).tolist()
         return {

@@ -21,7 +21,7 @@ from megalite.model.size import flops_per_token, parameter_counts, query_dim, va
 from megalite.model.transformer import Transformer
 from megalite.optim.optimizer import Optimizer
 from megalite.parallel.data import Gradients
-from megalite.parallel.parameter import materialize, placement
+from megalite.parallel.parameter import declaration, materialize, placement
 from megalite.pipeline import schedule
 from megalite.pipeline.schedule import Kind, lower
 from megalite.pipeline.schedule.check import communicates
@@ -169,7 +169,9 @@ def rank_share(config: Config, mesh: Mesh, stages: Sequence[Transformer], made: 
     parameters = {p: math.prod(placement(p).shape) for stage in stages for p in stage.parameters()}
     layers = sum(len(stage.layers) for stage in stages) / len(stages)
     in_flight = peak(made.rows[mesh.index("pp")], Kind.W)
-    return Share(sum(parameters.values()), layers * in_flight, any(s.last for s in stages), mesh.size("dp", "cp"))
+    experts = sum(size for p, size in parameters.items() if "ep" in declaration(p).shard)
+    last, replicas = any(s.last for s in stages), mesh.size("dp", "cp")
+    return Share(sum(parameters.values()), layers * in_flight, last, replicas, experts, mesh.size("edp"))
 
 
 def describe_layout(config: Config, mesh: Mesh, made: schedule.Schedule) -> str:

@@ -56,12 +56,20 @@ class Memory:
 class Share:
     """What one rank has of a job: `parameters` of its stages; `kept_layers`: blocks (those of multi-token modules too)
     whose activations wait for backward at once, summed over microbatches in flight; `last`: whether it computes the
-    loss; `replicas`: ranks that ZeRO shares over."""
+    loss; `replicas`: ranks that ZeRO shares over; `experts` of the parameters have replicas of their own."""
 
     parameters: int
     kept_layers: float
     last: bool = True
     replicas: int = 1
+    experts: int = 0
+    expert_replicas: int = 1
+
+    def left(self, shared: bool) -> float:
+        """Parameters of which this rank keeps something that ZeRO has `shared` out, or not."""
+        if not shared:
+            return self.parameters
+        return (self.parameters - self.experts) / self.replicas + self.experts / self.expert_replicas
 
 
 def whole(config: Config, vocab: int) -> Share:
@@ -85,10 +93,11 @@ def predict(
     share, parallel = share or whole(config, vocab), config.parallel
     model, tokens = config.model, config.train.micro_batch * config.data.sequence_length // parallel.cp
     counts = parameter_counts(model, vocab, model.max_positions or config.data.sequence_length)
-    states, sums, weights = (share.replicas if parallel.zero >= stage else 1 for stage in (1, 2, 3))
+    states, sums, weights = (share.left(parallel.zero >= stage) for stage in (1, 2, 3))
+    shards_weights = parallel.zero == 3 and share.replicas > 1
     moments: float = 1 if config.optim.name == "sgd" else 2
     if config.optim.name == "muon":  # matrices keep one moment, everything else AdamW's two
-        moments = 2 - counts.matrices / counts.total
+        moments = 2 - (counts.matrices + counts.experts) / counts.total
     copies = 0 if compute == main else main.itemsize
     layer = kept_per_token(model, compute.itemsize, config.recompute.mode, parallel.tp, parallel.sp, parallel.etp)
     kept = share.kept_layers * layer
@@ -98,9 +107,9 @@ def predict(
     if share.last:
         kept += model.mtp * _module_kept(model, compute.itemsize, parallel.tp if parallel.sp else 1)
     return Memory(
-        weights=share.parameters * (compute.itemsize if weights == 1 else main.itemsize / weights),
-        gradients=share.parameters * main.itemsize / sums,
-        optimizer=share.parameters * (copies * (weights == 1) + moments * main.itemsize) / states,
+        weights=weights * main.itemsize if shards_weights else share.parameters * compute.itemsize,
+        gradients=sums * main.itemsize,
+        optimizer=states * (copies * (not shards_weights) + moments * main.itemsize),
         activations=tokens * (kept + ends),
         transient=_transient(config, -(-vocab // parallel.tp), tokens, compute, share.last, device == "cuda"),
         process=PROCESS_BYTES.get(device, 0.0),

@@ -23,6 +23,11 @@ PROBES = 8
 MAY_CHANGE = ("run.", "log.", "checkpoint.", "parallel.", "train.threads", "train.dry_run", "train.profile_step")
 """Keys that change nothing of what is computed, so nothing is said of them."""
 LABELS = ("model.name", "model.family")
+OF_TRAINING = tuple(
+    f"model.moe.{name}"
+    for name in ("aux_loss", "z_loss", "jitter", "capacity", "drop", "pad", "force_balance", "bias_rate")
+)
+"""Keys of the model that its weights don't depend on; bias_rate as long as there is a bias. Told, not refused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +138,8 @@ def check_continuity(trainer: "Trainer", path: Path, counters: dict[str, Any], a
             )
     for key in leaves(Config):
         before, now = at(saved, key), value_at(config, key)
-        if key.startswith("model.") and key not in LABELS and before != now:
+        freely = key in LABELS or (key in OF_TRAINING and ("bias" not in key or None not in (before, now)))
+        if key.startswith("model.") and not freely and before != now:
             raise UserError(f"{key}: {now}, but {path} is a model with {before}; choose another run.name")
     if counters["step"] > config.train.steps:
         raise UserError(f"train.steps: {config.train.steps}, but {path} already has {counters['step']} steps")

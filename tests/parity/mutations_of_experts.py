@@ -95,7 +95,9 @@ def _() -> Patch:
 
 @fault("ep: what comes back is added to other tokens", EP)
 def _() -> Patch:
-    return around(experts, "moe_unpermute", lambda original, y, inverse: original(y, inverse.roll(1, 0)))
+    return around(
+        experts, "moe_unpermute", lambda original, y, inverse, **rest: original(y, inverse.roll(1, 0), **rest)
+    )
 
 
 @fault("ep: the gradient of the probabilities does not travel back", EP)
@@ -156,7 +158,7 @@ def _() -> Patch:
 
         def arrived() -> Any:
             here = torch.arange(self.ep * self.etp) == self.comm.mesh.index("ep", "etp")
-            with around(ByNode, "_wanted", lambda wanted, of, i: wanted(of, i) & here):
+            with around(ByNode, "_wanted", lambda wanted, of, i: wanted(of, i) * here):
                 return finish()
 
         return arrived

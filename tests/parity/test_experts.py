@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalite.comm import Call
+from megalite.comm import Call, Communicator
 from megalite.mesh import Mesh
 from megalite.model.router import Router
-from megalite.parallel.experts import DISPATCHERS
+from megalite.parallel.experts import DISPATCHERS, make_dispatcher
+from megalite.world import join, world_from_environment
 from tests.parity.layouts import (
     BOUNDS,
     MODELS,
@@ -31,6 +32,7 @@ from tests.parity.layouts import (
 )
 from tests.parity.mutations import around
 from tests.parity.test_silent_bugs import gradient_errors, norm_ratio
+from tests.ranks import run_ranks
 
 CASES = [
     (Layout(dp=2, ep=2), "deepseek", "adamw"),
@@ -183,6 +185,72 @@ def test_initial_weights_do_not_depend_on_ep() -> None:
         assert all(np.array_equal(mine[name], expected[name]) for name in mine), layout
 
 
+# What every dispatcher and router promises.
+
+
+def there_and_back(kind: str, ep: int, etp: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(what comes back, what should, gradient, what it should be) of identity experts, each an equal part over etp."""
+    world = world_from_environment()
+    join(world)
+    mesh = Mesh({"pp": 1, "dp": world.size, "cp": 1, "tp": 1}, world.rank, ep=ep, etp=etp)
+    comm = Communicator(mesh)
+    dispatcher = make_dispatcher(kind, comm, 8, node_ranks=max(1, ep * etp // 2) if kind == "node" else 0)
+    generator = torch.Generator().manual_seed(world.rank)
+    x = torch.randn(5 + world.rank if kind != "all_gather" else 6, 3, dtype=torch.float64, generator=generator)
+    scores = torch.rand(len(x), 8, dtype=torch.float64, generator=generator)
+    probs, indices = scores.topk(3)
+    indices = indices.masked_fill(torch.rand(indices.shape, generator=generator) < 0.3, -1)  # dropped
+    x.requires_grad_()
+    work, combine = dispatcher.begin(x, indices, probs)()
+    here = work.indices_RK >= 0
+    assert work.slots in (None, int(here.sum()))
+    y = combine(work.rows_RD * (work.probs_RK * here).sum(-1, keepdim=True) / etp)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    weight = (probs * (indices >= 0)).sum(-1, keepdim=True)
+    expected = x * weight
+    return y.detach(), expected.detach(), gradient, (2 * expected * weight).detach()
+
+
+@pytest.mark.parametrize(("ep", "etp"), [(4, 1), (2, 2), (1, 4), (2, 1)])
+@pytest.mark.parametrize("kind", DISPATCHERS)
+def test_identity_experts_are_the_identity(kind: str, ep: int, etp: int) -> None:
+    """Forward and backward, with unequal numbers of tokens on the ranks and some slots dropped."""
+    for back, expected, gradient, expected_gradient in run_ranks(4, there_and_back, kind, ep, etp):
+        torch.testing.assert_close(back, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+
+
+def train_noting_choices(layout: Layout, task: Task) -> dict[str, Any]:
+    """With `chosen`: (token numbers, experts kept) of every forward pass of the first layer, by microbatch."""
+    chosen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def noted(original: Any, self: Router, x: Tensor, tokens: Any, text: Tensor) -> Any:
+        routing = original(self, x, tokens, text)
+        if self.layer == 0 and torch._C._current_graph_task_id() == -1:
+            chosen.append((tokens.numbers_N.numpy().copy(), routing.indices_NK.numpy().copy()))
+        return routing
+
+    with around(Router, "forward", noted):
+        return train(layout, task) | {"chosen": chosen}
+
+
+@pytest.mark.parametrize("model", ["experts", "dropping", "sinkhorn", "expert choice", "gpt-oss"])
+def test_routing_does_not_depend_on_the_layout(model: str) -> None:
+    """Each token of each microbatch goes to the same experts, whoever has it."""
+    task = Task(model, steps=1)
+    expected = trained(Layout(), replace(task, layers=2), train_noting_choices)[0]["chosen"]
+    for layout in (Layout(dp=2, ep=2), Layout(tp=2, sp=True), Layout(cp=2, etp=2), Layout(dp=2, cp=2, ep=4)):
+        ranks = trained(layout, task, train_noting_choices)
+        for microbatch, (numbers, experts) in enumerate(expected):
+            whole = np.full_like(experts, -2)
+            for rank, result in enumerate(ranks):
+                place = Mesh({"pp": 1, "dp": layout.dp, "cp": layout.cp, "tp": layout.tp}).coordinates(rank)
+                if microbatch % layout.dp == place["dp"]:
+                    mine, found = result["chosen"][microbatch // layout.dp]
+                    whole[mine] = found
+            assert np.array_equal(whole[numbers], experts), (layout, microbatch)
+
+
 # What is moved.
 
 
@@ -226,8 +294,8 @@ def test_a_node_gets_a_token_once() -> None:
         hops = [c for c in calls if c.site.startswith("experts.py") and c.op == "all_to_all" and c.phase == "forward"]
         return sum(c.bytes for c in hops if c.dtype == "int64")
 
-    # Indices travel with their tokens: 4 int64s a row, and 4 counts a hop.
+    # Indices travel with their tokens: 4 int64s a row; and of a hop, for each of 4 ranks, how many rows and slots.
     tokens, layers, microbatches = 8 * 16 // 4, 2, 2
-    counts = 4 * 8 * layers * microbatches
+    counts = 4 * 2 * 8 * layers * microbatches
     assert rows(plain) == layers * tokens * 4 * 4 * 8 + counts
     assert rows(by_node) == layers * tokens * 4 * 8 * (2 + 4) + 2 * counts

@@ -98,7 +98,7 @@ def test_what_is_left_out_is_counted(tmp_path):
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not JSON"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not JSON"),
         ("a.txt", b"good\n\xff\xfe", r"a\.txt: not UTF-8 at byte 5"),
-        ("a.txt.gz", gzip.compress(b"some text" * 100)[:-12], r"a\.txt\.gz: damaged or cut-off"),
+        ("a.txt.gz", gzip.compress(b"some text" * 100, mtime=0)[:-12], r"a\.txt\.gz: damaged or cut-off"),
         ("a.txt.gz", b"no gzip at all", r"a\.txt\.gz: damaged"),
         ("a.txt.zst", zstandard.compress(random.Random(0).randbytes(5000))[:-100], r"a\.txt\.zst: damaged or cut-off"),
         ("a.txt.zst", b"no zstd at all", r"a\.txt\.zst: damaged"),

@@ -36,6 +36,12 @@ CASES: list[tuple[dict[str, Any], int | None, list[str]]] = [
     (EIGHT | {"model__moe__groups": 2, "model__moe__router": "sinkhorn"}, None, ["model.moe.groups=2", "softmax or"]),
     (EIGHT | {"model__moe__dense_layers": 8}, None, ["model.moe.dense_layers=8", "no layer of 8"]),
     (EIGHT | {"model__moe__shared_gate": True}, None, ["model.moe.shared_gate=true", "model.moe.shared_ffn"]),
+    (EIGHT | {"model__moe__top_k": 1}, None, ["model.moe.normalize=true", "learns nothing", "set false"]),
+    (
+        EIGHT | {"model__moe__router": "expert_choice", "log__sample": "def"},
+        None,
+        ["log.sample", "cannot generate", "set null"],
+    ),
     (EIGHT | {"model__moe__capacity": 0.0}, None, ["model.moe.capacity=0.0", "null takes all"]),
     (EIGHT | {"model__moe__pad": True}, None, ["model.moe.pad=true", "model.moe.capacity"]),
     (EIGHT | {"model__moe__jitter": 1.0}, None, ["model.moe.jitter=1.0", "below 1"]),

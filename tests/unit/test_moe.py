@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megalite.comm import Communicator
 from megalite.config.schema import ModelConfig, MoEConfig
+from megalite.errors import UserError
 from megalite.mesh import AXES, Mesh
 from megalite.model.attention import Context
 from megalite.model.matching import chosen_by_experts, noise, over_capacity, rounded, sinkhorn
@@ -180,6 +181,28 @@ def test_sinkhorn_evens_out_tokens_and_experts() -> None:
     torch.testing.assert_close(ratio, ratio[:, :1] + ratio[:1] - ratio[:1, :1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("gap", [40.0, 120.0])
+def test_sinkhorn_bears_a_token_far_from_the_others(gap: float) -> None:
+    logits = torch.randn(64, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logits[0, 0] += gap
+    even = sinkhorn(logits)
+    torch.testing.assert_close(even.sum(0), torch.full((4,), 1 / 4, dtype=torch.float64), rtol=0.02, atol=0)
+    assert (even.sum(1) > 0).all()
+
+
+def test_what_routers_do_with_one_token_at_a_time() -> None:
+    """As in generation: Sinkhorn has nothing to even out and takes the best; expert choice says that it cannot."""
+    x = torch.randn(1, 1, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    one = own_tokens(ALONE, None, 1, 1, x.device)
+    moe = layer(replace(BASE, router="sinkhorn"))
+    with torch.no_grad():
+        indices, _ = moe.router(x.flatten(0, 1), one, torch.zeros(1, 1, dtype=torch.int64))
+    assert indices.tolist() == (x.flatten(0, 1) @ moe.router.weight.T).topk(2).indices.tolist()
+    cache: Any = object()
+    with pytest.raises(UserError, match="expert_choice: looks at later tokens"):
+        layer(replace(BASE, router="expert_choice"))(x, Context(1, torch.zeros(1, 1), None, None, None, cache))
+
+
 def test_experts_choose_the_best_tokens_and_of_equal_ones_the_first() -> None:
     scores = torch.tensor([[0.9, 0.1], [0.9, 0.2], [0.1, 0.2], [0.9, 0.1]])
     moe = replace(BASE, experts=2, top_k=1)
@@ -237,7 +260,7 @@ def test_bias_moves_towards_the_less_loaded() -> None:
     materialize(model, torch.device("cpu"), 0, torch.float32)
     balance = Balance([model], Communicator(MESH), config)
     assert balance.layers == [1, 2]
-    total = torch.zeros(2, 6 + len(Seen.NAMES), dtype=torch.float64)
+    total = torch.zeros(2, 6 + len(Seen.NAMES) + 2, dtype=torch.float64)
     total[0, :6] = torch.tensor([4.0, 4, 4, 4, 4, 4])
     total[1, :6] = torch.tensor([9.0, 3, 3, 3, 3, 3])
     balance.update(total)
@@ -249,7 +272,10 @@ def test_bias_moves_towards_the_less_loaded() -> None:
     assert described is not None
     assert described["layers"]["2"]["imbalance"] == pytest.approx(9 / 4)
     assert described["layers"]["2"]["load"][0] == pytest.approx(9 / 24, abs=1e-5)
-    assert described["layers"]["2"]["bias"] == [-0.5, 0.5]
+    now = balance.described(balance.measure())
+    assert now is not None
+    assert now["layers"]["2"]["bias"] == [-0.5, 0.5]
+    assert now["layers"]["1"]["bias"] == [0.0, 0.0]
 
 
 def test_a_recomputed_layer_counts_its_tokens_once() -> None:
