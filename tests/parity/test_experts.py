@@ -58,6 +58,7 @@ CASES = [
     (Layout(tp=2, pp=2, etp=2, schedule="zbv", chunks=2), "gpt-oss", "sgd"),
     (Layout(cp=2, pp=2, ep=2, schedule="dualpipev", chunks=2), "experts", "adamw"),
     (Layout(dp=4, ep=4, dispatcher="node", node_ranks=2), "deepseek", "sgd"),
+    (Layout(tp=2, sp=True, ep=2), "deepseek-v3", "adamw"),
     (Layout(dp=4, ep=2, etp=2, dispatcher="node", node_ranks=2), "experts", "sgd"),
     (Layout(dp=2, tp=2, ep=2, dispatcher="all_gather", order="tp,cp,dp,pp"), "dropping", "adamw"),
     (Layout(dp=2, tp=2, sp=True, pp=2, ep=2, etp=2, zero=1), "deepseek", "adamw"),
