@@ -36,7 +36,7 @@ def over_capacity(indices_TK: Tensor, probs_TK: Tensor, moe: MoEConfig, total: i
 
 
 def sinkhorn(logits_TE: Tensor) -> Tensor:
-    """Scores scaled by rows and columns until every token and every expert weighs the same (BASE layers,
+    """Scores scaled by rows and columns so that every token and every expert weighs the same (BASE layers,
     arXiv:2103.16716, with Sinkhorn's iteration as arXiv:2204.08396)."""
     cost = (logits_TE - logits_TE.amax(-1, keepdim=True)).exp()  # a token's own factor changes nothing
     rows, columns = (torch.ones(n, dtype=cost.dtype, device=cost.device) for n in cost.shape)

@@ -20,7 +20,7 @@ from megalite.parallel.tokens import own_tokens
 
 class MoE(nn.Module):
     """Residual stream to residual stream. Each rank routes tokens of its own, also where tp ranks hold the same ones;
-    the shared expert is spread over tp as any MLP and computed while tokens travel."""
+    the shared expert is spread over tp as any MLP and computed while tokens travel (but all-gather's)."""
 
     def __init__(self, config: ModelConfig, layer: int, output_std: float) -> None:
         super().__init__()

@@ -127,14 +127,17 @@ def greedy(model: Transformer, prompt: Tensor, count: int, cached: bool) -> Tens
     return seen
 
 
-@pytest.fixture(scope="module", params=CASES)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+def saved(case: tuple[str, dict[str, Any]], path: Path) -> tuple[Any, Path]:
     """A model of transformers and the folder it saved."""
     torch.set_default_dtype(torch.float64)
-    model = build(*CASES[request.param])
-    path = tmp_path_factory.mktemp("theirs") / request.param
+    model = build(*case)
     model.save_pretrained(path)
     return model, path
+
+
+@pytest.fixture(scope="module", params=CASES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return saved(CASES[request.param], tmp_path_factory.mktemp("theirs") / request.param)
 
 
 def test_logits_and_gradients(folder: tuple[Any, Path]) -> None:

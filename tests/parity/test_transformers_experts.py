@@ -36,6 +36,7 @@ from tests.parity.test_transformers import (
     double,  # noqa: F401 (a fixture)
     relative,
     rope,
+    saved,
     test_folders_and_greedy_tokens,  # noqa: F401 (run on this module's folders)
     test_logits_and_gradients,  # noqa: F401
     tokens,
@@ -88,12 +89,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", params=CASES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A model of transformers and the folder it saved."""
-    torch.set_default_dtype(torch.float64)
-    model = build(*CASES[request.param])
-    path = tmp_path_factory.mktemp("theirs") / request.param
-    model.save_pretrained(path)
-    return model, path
+    return saved(CASES[request.param], tmp_path_factory.mktemp("theirs") / request.param)
 
 
 def test_packed_documents_and_experts_without_tokens(folder: tuple[Any, Path]) -> None:
