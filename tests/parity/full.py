@@ -3,7 +3,7 @@
     python -m tests.parity.full [--world 2 4 8] [--jobs 2] [--slice 1/4] [--report]
 
 Ranks are threads of one process (`tests/thread_ranks.py`), which takes half the processor time; of each composition
-of axes one layout also runs on gloo processes, with another schedule and ZeRO stage each.
+of axes, and of each way to spread experts, one layout also runs on gloo processes.
 
 Results accumulate in `tests/parity/results.jsonl`, so a run goes on where the last one stopped and slices may run on
 several machines; a result counts only for the engine's sources that gave it. At the end `docs/parity.md` is written
@@ -40,8 +40,6 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 WORLDS = (2, 4, 8)
 PROGRESS = 10
-SAMPLED = 10
-"""One layout of so many also trains each of the other models."""
 ORDERS = ("tp,cp,dp,pp", "dp,pp,cp,tp", "cp,tp,pp,dp", "dp,cp,pp,tp", "pp,tp,dp,cp")
 CHUNK_ROWS = 5
 """Divides no number of rows that a rank has of a microbatch: these are powers of two."""
@@ -53,8 +51,8 @@ TURNS = [
     ("node", "adamw"), ("all_to_all", "muon"),
 ]  # fmt: skip
 """Dispatchers and optimizers of models with experts; seven, which divides no number of models."""
-EXPERT_STEPS = 2
-"""The second sees the biases and loads that the first has moved."""
+FEW_STEPS = 2
+"""Of other models than the tied one; the second sees the biases and loads that the first has moved."""
 QUANTITIES = ("loss", "gradients", "norm", "weights, SGD", "weights, AdamW", "weights, Muon")
 
 
@@ -78,11 +76,13 @@ has another number of valid tokens, some have none. It is compared with one proc
 unclipped gradient norm of every step, every parameter's whole gradient of the first step, every weight after the last.
 SGD has momentum, and a pipeline twice as many microbatches as stages where there are samples for it; under AdamW
 clipping is active in every step, there are as many microbatches as stages, the ranks stand in another order, and the
-loss goes by chunks of {chunk} rows. With experts every layout is folded in every way over ep and etp, and trained for
-{expert_steps} steps; models with experts, the optimizers and the dispatchers take turns, and a microbatch is one
-sample. Errors are relative, of a tensor by its norm; a cell is the worst of all its trainings. Bounds: {bounds}.
-A gradient that is zero in mathematics (GPT-2's key biases, which softmax ignores) is measured against 1e-6 of the
-largest tensor: the errors near 1e-11 are theirs.
+loss goes by chunks of {chunk} rows. So each layout trains the tied model; then, for {few} steps, one of the other
+models or with Muon. With experts every layout is folded in every way over ep and etp, for {few} steps; models with
+experts, the optimizers and the dispatchers take turns, and a microbatch is one sample.
+
+Errors are relative, of a tensor by its norm; a cell is the worst of all its trainings. Bounds: {bounds}. A gradient
+that is zero in mathematics (GPT-2's key biases, which softmax ignores) is measured against 1e-6 of the largest tensor:
+the errors near 1e-11 are theirs.
 
 In {processes} of the trainings, of {joined} of the {compositions} compositions of axes below, the ranks are processes
 that gloo joins. In the others they are threads of one process under the same interface of torch: the engine runs as it
@@ -93,8 +93,8 @@ rank order, a send completes only when its receive has begun, and what arrives a
 
 def cases(world: int) -> Iterator[Case]:
     """Every layout with SGD and, in another order of the ranks and with the loss in chunks, with AdamW on the tied
-    model; then one of the other models, half of them on one document a row, or Muon. Of each composition of axes one
-    training is there twice, on processes too."""
+    model; then one of the other models, half of them on one document a row, or Muon. Of each composition of axes, and
+    of each ep × etp, one training is there twice, on processes too."""
     others = [*(model for model in DENSE if model != "tied"), "muon"]
     of_axes: dict[str, list[Case]] = {}
     for number, layout in enumerate(all_layouts(world)):
@@ -105,12 +105,12 @@ def cases(world: int) -> Iterator[Case]:
         yield _in_rows(turned if legal(turned) else layout, Task(optim="adamw", chunk_rows=CHUNK_ROWS), layout.pp)
         other = others[number % len(others)]
         if other != "muon":
-            yield _in_rows(layout, Task(other, "adamw", packed=number % 2 == 0), layout.pp)
+            yield _in_rows(layout, Task(other, "adamw", steps=FEW_STEPS, packed=number % 2 == 0), layout.pp)
         elif layout.zero < 3:
-            yield _in_rows(layout, Task("untied", "muon"), layout.pp)
+            yield _in_rows(layout, Task("untied", "muon", steps=FEW_STEPS), layout.pp)
     for number, layout in enumerate(all_foldings(world)):
         expert = expert_case(number, layout)
-        of_axes.setdefault(_composition(layout), []).append(expert)
+        of_axes.setdefault(f"ep {layout.ep} × etp {layout.etp}", []).append(expert)
         yield expert
     for number, alike in enumerate(of_axes.values()):
         yield alike[number * TURN % len(alike)]._replace(processes=True)
@@ -127,12 +127,19 @@ def all_foldings(world: int) -> Iterator[Layout]:
 
 
 def expert_case(number: int, layout: Layout) -> Case:
-    """One training: models with experts, optimizers and dispatchers take turns."""
+    """One training: models with experts, optimizers and dispatchers take turns. A microbatch is one sample, and a rank
+    has two or as many as there are stages, every fourth time twice as many."""
     ranks, (kind, optim) = layout.ep * layout.etp, TURNS[number // len(SPARSE) % len(TURNS)]
     node = {"dispatcher": kind, "node_ranks": max(1, ranks // 2)} if kind == "node" else {"dispatcher": kind}
     spread = replace(layout, **node) if ranks > 1 else layout  # type: ignore[arg-type]
     models = [SPARSE[(number + n) % len(SPARSE)] for n in range(len(SPARSE))]
-    tasks = (Task(model, optim if layout.zero < 3 else "adamw", steps=EXPERT_STEPS) for model in models)
+    fewest = layout.dp * max(2, layout.pp) * (1 if number % 4 else 2)
+    tasks = (
+        Task(model, optim if layout.zero < 3 else "adamw", steps=FEW_STEPS, samples=samples)
+        for model in models
+        for samples in (fewest, SAMPLES)
+        if samples <= SAMPLES
+    )
     return Case(spread, next(task for task in tasks if legal(spread, task)))
 
 
@@ -203,7 +210,7 @@ def run(chosen: list[Case], version: str, jobs: int) -> None:
     have = {case for case, entry in entries.items() if entry["sources"] == version and "failed" not in entry}
     todo = [case for case in chosen if name_of(*case) not in have]
     # What other sources gave is better than nothing; and SGD, which hides no factor in a gradient, comes first.
-    todo.sort(key=lambda case: (name_of(*case) in entries, case.task.optim != "sgd"))
+    todo.sort(key=lambda case: (name_of(*case) in entries, case.task.model in SPARSE, case.task.optim != "sgd"))
     print(f"{len(chosen)} cases, {len(chosen) - len(todo)} known", flush=True)
     started = time.monotonic()
     for done, found in enumerate(measured(todo, jobs), 1):
@@ -267,7 +274,7 @@ def page(version: str) -> str:
     all_layouts_there_are = len({_axes(case.layout) for case in wanted})
     lines = [
         HEAD.format(
-            chunk=CHUNK_ROWS, expert_steps=EXPERT_STEPS,
+            chunk=CHUNK_ROWS, few=FEW_STEPS,
             layouts=len(layouts), of=all_layouts_there_are, runs=len(found), wanted=len(wanted),
             wrong=len(wrong), current=current, processes=len(by_processes), compositions=len(compositions),
             joined=len(set(map(_composition, by_processes))),

@@ -141,7 +141,8 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained besides the layout. `packed`: several documents a row. `micro`: rows of a microbatch."""
+    """What is trained besides the layout. `packed`: several documents a row. `micro`, `samples`: rows of a microbatch,
+    and of all of a step."""
 
     model: str = "tied"
     optim: str = "sgd"
@@ -149,6 +150,7 @@ class Task:
     layers: int = 0
     packed: bool = True
     micro: int = 1
+    samples: int = SAMPLES
     z_loss: float = 0.01
     recompute: str = "activation"
     recompute_layers: int = 1
@@ -170,15 +172,15 @@ def configuration(layout: Layout, task: Task) -> Config:
     config.model = replace(MODELS[task.model], vocab=VOCAB, init_std=0.2, layers=layers)
     config.optim = replace(OPTIMIZERS[task.optim])
     config.data.sequence_length = SEQUENCE
-    config.train.micro_batch, config.train.global_batch, config.train.z_loss = task.micro, SAMPLES, task.z_loss
+    config.train.micro_batch, config.train.global_batch, config.train.z_loss = task.micro, task.samples, task.z_loss
     config.train.steps, config.train.seed, config.train.deterministic = task.steps, 3, task.deterministic
     config.recompute.mode, config.recompute.layers = task.recompute, task.recompute_layers
     config.recompute.offload, config.precision.name = task.offload, task.precision
     return config
 
 
-def global_batch(step: int, packed: bool) -> Batch:
-    """[SAMPLES, SEQUENCE]: sample i has 2·i targets less than the sequence is long; samples 2, 3 and 5 have none, so
+def global_batch(step: int, packed: bool, samples: int = SAMPLES) -> Batch:
+    """[samples, SEQUENCE]: sample i has 2·i targets less than the sequence is long; samples 2, 3 and 5 have none, so
     that a microbatch of two rows may have none either."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(VOCAB, (SAMPLES, SEQUENCE), generator=generator)
@@ -187,7 +189,7 @@ def global_batch(step: int, packed: bool) -> Batch:
     for row in range(SAMPLES):
         targets[row, torch.randperm(SEQUENCE, generator=generator)[: 2 * row]] = -100
     targets[[2, 3, 5]] = -100
-    return Batch(tokens, targets, documents if packed else None)
+    return Batch(tokens[:samples], targets[:samples], documents[:samples] if packed else None)
 
 
 def further_targets(batch: Batch, depths: int) -> list[float]:
@@ -228,7 +230,7 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
     losses, norms, loads, first = [], [], [], {}
     for step in range(1, task.steps + 1):
         comm.record = calls.append if step == 2 else None
-        batch = global_batch(step, task.packed)
+        batch = global_batch(step, task.packed, task.samples)
         valid = float((batch.targets >= 0).sum())
         gradients.zero()
         balance.begin()
