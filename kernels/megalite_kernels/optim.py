@@ -115,7 +115,10 @@ def newton_schulz(
     tall = x.shape[-2] > x.shape[-1]
     y = x.mT if tall else x
     y = y / (torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True) + eps)
+    plus_product = torch.addmm if y.dim() == 2 else torch.baddbmm
+    stack = y if y.dim() == 2 else y.reshape(-1, *y.shape[-2:])
     for _ in range(steps):
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * (gram @ gram)) @ y
+        gram = stack @ stack.mT
+        stack = plus_product(stack, plus_product(gram, gram, gram, beta=b, alpha=c), stack, beta=a)
+    y = stack.view(y.shape)
     return y.mT if tall else y

@@ -4,27 +4,13 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
+from megalite_kernels import newton_schulz
 from torch import Tensor
 
 from megalite.comm import Communicator
 from megalite.parallel.boxes import Box, boxes
 from megalite.parallel.buckets import Slot
 from megalite.parallel.data import Piece
-
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Quintic Newton-Schulz iteration chosen for its slope at zero (kellerjordan.github.io/posts/muon)."""
-
-
-def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix [rows, columns], roughly: singular values end at about 0.7..1.2."""
-    a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.mT if tall else matrix
-    x = x / (torch.linalg.vector_norm(x) + 1e-7)
-    for _ in range(iterations):
-        gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
 
 
 def share_out(shapes: Sequence[Sequence[int]], ranks: int) -> list[int]:
@@ -75,13 +61,13 @@ class MatrixExchange:
     def orthogonalized(self, momenta: Mapping[Slot, Tensor]) -> dict[Slot, Tensor]:
         """Orthogonalised updates of this rank's pieces, from the momenta of the same pieces."""
         if len(self.turns) == 1:
-            return {slot: _each(momenta[slot].view(slot.declared.shape)) for slot in self.slots}
+            return {slot: newton_schulz(momenta[slot].view(slot.declared.shape)) for slot in self.slots}
         parts = [self._part(momenta, m, *span) for m, span in zip(self.order, self.sent, strict=True)]
         got = self._swap(parts, self.send, self.receive)
         mine = {m: got.new_empty(self.shapes[m]) for m in self.turns[self.me]}
         for (m, box), values in zip(self.filled, got.split([prod(box[1]) for _, box in self.filled]), strict=True):
             mine[m][_region(box)] = values.view(box[1])
-        mine = {m: orthogonalize(matrix) for m, matrix in mine.items()}
+        mine = {m: newton_schulz(matrix) for m, matrix in mine.items()}
         parts = [mine[m][_region(box)].flatten() for m, box in self.returned]
         back = self._swap(parts, self.send_back, self.receive_back).split(self.back)
         by_matrix = dict(zip(self.order, back, strict=True))
@@ -125,11 +111,6 @@ class MatrixExchange:
             return torch.empty(0, dtype=self.dtype, device=self.device)
         origin = self.held[slot].start
         return momenta[slot].view(-1)[start - origin : stop - origin]
-
-
-def _each(stack: Tensor) -> Tensor:
-    """A matrix, or each of a stack, orthogonalised."""
-    return orthogonalize(stack) if stack.dim() == 2 else torch.stack([orthogonalize(matrix) for matrix in stack])
 
 
 def _stacked(slot: Slot) -> tuple[int, int, int]:

@@ -190,7 +190,7 @@ def _() -> Patch:
 @fault("muon: shards are orthogonalised, not the logical matrices", MUON)
 def _() -> Patch:
     def shards(original: Any, self: Any, momenta: dict[Any, Tensor]) -> dict[Any, Tensor]:
-        return {slot: exchange.orthogonalize(found.view(slot.placed.shape)) for slot, found in momenta.items()}
+        return {slot: exchange.newton_schulz(found.view(slot.placed.shape)) for slot, found in momenta.items()}
 
     return around(exchange.MatrixExchange, "orthogonalized", shards)
 
