@@ -175,8 +175,8 @@ def deepspeed_spreads_data_alone(job: Job) -> Iterator[str]:
             yield "train.deterministic=layout: not with parallel.engine=deepspeed, it adds in its own order; set true"
         if parallel.zero == 0:
             yield "parallel.zero=0: parallel.engine=deepspeed shards at least the optimizer; legal: 1, 2, 3"
-        if job.config.precision.name == "fp64":
-            yield "precision=fp64: parallel.engine=deepspeed has none; legal: fp32, bf16; or parallel.engine=megalite"
+        if (name := job.config.precision.name) not in ("auto", "fp32", "bf16"):
+            yield f"precision={name}: parallel.engine=deepspeed has none; legal: fp32, bf16; or parallel.engine=megalite"
         if job.config.optim.name == "muon":
             yield "optim.name=muon: not with parallel.engine=deepspeed; legal: adamw, sgd; or parallel.engine=megalite"
     if parallel.offload and (parallel.engine != "deepspeed" or parallel.zero == 0):

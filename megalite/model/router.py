@@ -25,13 +25,14 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """`share`: of the global batch that a microbatch is; a balancing loss is a mean over microbatches. `seed`: of the
-    jitter."""
+    """`share`: of the global batch that a microbatch is; a balancing loss is a mean over microbatches. `loss_scale`:
+    what the model's loss is multiplied by before backward, and so must be those of this layer. `seed`: of the jitter.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         moe = self.moe = config.moe
-        self.layer, self.share, self.seed, self.backend = layer, 1.0, 0, "auto"
+        self.layer, self.share, self.loss_scale, self.seed, self.backend = layer, 1.0, 1.0, 0, "auto"
         self.weight = declare(moe.experts, config.hidden, role="router", std=config.init_std, sees="own")
         self.bias = declare(moe.experts, role="bias", sees="own") if moe.router_bias else None
         self.expert_bias = declare(moe.experts, role="state") if moe.bias_rate is not None else None
@@ -103,7 +104,8 @@ class Router(nn.Module):
         if moe.z_loss:
             z = logits_NE.logsumexp(-1).square().sum() / tokens.total
         if moe.aux_loss or moe.z_loss:
-            probs_NK = _Attached.apply(probs_NK, (moe.aux_loss * balance + moe.z_loss * z) * self.share)
+            own = (moe.aux_loss * balance + moe.z_loss * z) * self.share
+            probs_NK = _Attached.apply(probs_NK, own * self.loss_scale)
         self.seen.note(self._scores(logits_NE.detach()), indices_NK, kept_NK, balance, z, self.share)
         return probs_NK
 

@@ -10,11 +10,13 @@ from megalite.config.schema import OptimConfig
 from megalite.mesh import AXES
 from megalite.optim.muon import Muon
 from megalite.optim.schedule import lr_share
+from megalite.optim.stochastic import StochasticAdamW
 from megalite.parallel.boxes import Held
 from megalite.parallel.buckets import Slot
 from megalite.parallel.data import Gradients, Piece
 from megalite.parallel.parameter import Role, declared_parameters, placement
 from megalite.parallel.weights import ShardedWeights
+from megalite.precision import Precision
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
@@ -57,19 +59,31 @@ class Optimizer:
     """Updates this rank's stages from their `Gradients`, each rank the pieces that ZeRO leaves it.
 
     The weights that are updated ("main") are the model's own parameters where these have the gradients' dtype;
-    otherwise float32 copies, written back after each step. Sharded weights are gathered while the next forward pass
-    already runs; `wait` before reading parameters otherwise than through a module.
+    otherwise float32 copies, written back after each step. `precision` says if they are narrower than the gradients
+    (default: they are not), `seed` what their rounding is drawn from. Sharded weights are gathered while the next
+    forward pass already runs; `wait` before reading parameters otherwise than through a module.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], gradients: Gradients, optim: OptimConfig, steps: int) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        gradients: Gradients,
+        optim: OptimConfig,
+        steps: int,
+        precision: Precision | None = None,
+        seed: int = 0,
+    ) -> None:
         self.config, self.steps, self.comm = optim, steps, gradients.comm
+        self.seed, self.narrow = seed, precision is not None and precision.stochastic
+        kept = gradients.dtype if precision is None else precision.main
         self.weights = ShardedWeights(chunks, gradients.buckets, gradients.comm)
         self.main: dict[Piece, torch.Tensor] = {}
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         for piece in gradients.pieces():
             weight = self.weights.part(piece).detach()
-            main = self.main[piece] = weight.to(gradients.dtype)
-            main.grad = piece.gradient
+            main = self.main[piece] = weight.to(kept)
+            if main.dtype == piece.gradient.dtype:
+                main.grad = piece.gradient
             if main.dtype != weight.dtype:
                 self._copies.append((weight, main))
         by_rule: dict[Rule, list[Slot]] = {}
@@ -87,6 +101,9 @@ class Optimizer:
             return Muon(groups, rule.lr, optim.momentum, rule.weight_decay, gradients, slots, pieces)
         if optim.name == "sgd":
             return DecoupledSGD(groups, rule.lr, optim.momentum, weight_decay=rule.weight_decay)
+        if self.narrow:
+            betas = (optim.beta1, optim.beta2)
+            return StochasticAdamW(groups, rule.lr, betas, optim.eps, rule.weight_decay, pieces, self.seed)
         betas, fused = (optim.beta1, optim.beta2), not self.comm.ordered
         # The fused kernel rounds the last few elements of a tensor differently, so its bits depend on sharding.
         return torch.optim.AdamW(groups, rule.lr, betas, optim.eps, weight_decay=rule.weight_decay, fused=fused)
@@ -112,7 +129,7 @@ class Optimizer:
         share = lr_share(self.config, step, self.steps)
         for rule in self.rules:
             for group in rule.param_groups:
-                group["lr"] = group["peak_lr"] * share
+                group["lr"], group["number"] = group["peak_lr"] * share, step
             rule.step()
         self._publish()
 

@@ -43,7 +43,7 @@ def shard_fully(
     groups = {axis: comm.mesh.group(axis) or comm.mesh.alone() for axis in ("shard", "edp")}
     meshes = {axis: DeviceMesh.from_group(groups[axis], device.type) for axis in {"shard", *(a for _, a in units)}}
     states = {p for p in stage.parameters() if not p.requires_grad}
-    mixed = MixedPrecisionPolicy(precision.compute, precision.main, cast_forward_inputs=False)
+    mixed = MixedPrecisionPolicy(precision.compute, precision.accumulate, cast_forward_inputs=False)
     known = {name: (declaration(p), placement(p)) for name, p in stage.named_parameters()}
     stage.to(precision.main)
     dims = {p: cut_along(placement(p), comm.mesh) for p in stage.parameters()}
@@ -113,7 +113,7 @@ class ShardedGradients(Gradients):
     ) -> None:
         weights = [LocalWeights(stage) for stage in stages]
         self.stages = stages
-        super().__init__(weights, comm, precision.main, bucket_bytes)
+        super().__init__(weights, comm, precision.accumulate, bucket_bytes)
         self.compute = precision.compute
         self._rows = {whole: of.rows[name] for of in weights for name, whole in of.sharded.items()}
         for sharded, rows in self._rows.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 from megalite.comm import Communicator, Handle
 from megalite.data.batch import Batch
 from megalite.model.parallelize import defer_weights
+from megalite.model.router import Router
 from megalite.model.transformer import Losses, Transformer
 from megalite.parallel.data import Gradients
 from megalite.pipeline.schedule import Kind, Op, Schedule, lower, make_schedule
@@ -35,16 +36,20 @@ class Pipeline:
         self.chunk = {stage: chunk for chunk, stage in enumerate(self.stages)}
         split = {op.stage for op in self.row if op.kind == Kind.W}
         self.deferred = {stage: defer_weights(self.stages[stage]) for stage in split}
+        self.routers = [m for stage in stages for m in stage.modules() if isinstance(m, Router)]
         self.log: list[Op] = []
 
-    def train(self, batches: Sequence[Batch], tokens: float, ahead: Sequence[float] = ()) -> Tensor:
+    def train(self, batches: Sequence[Batch], tokens: float, ahead: Sequence[float] = (), scale: float = 1.0) -> Tensor:
         """Forward and backward of every microbatch, gradients reduced (not yet waited for).
 
         The loss is divided by `tokens`, the valid targets of the global batch, that of each multi-token module by its
-        own number of them, in `ahead`. Returns float64 [microbatches, 2 + modules]: sums of nll, of squared
+        own number of them, in `ahead`. `scale` multiplies all that is differentiated, the routers' own losses too, and
+        so the gradients; not what is returned. Returns float64 [microbatches, 2 + modules]: sums of nll, of squared
         log-partition and of the modules' nll, zero except on the rank of the last stage.
         """
-        step = _Step(self, batches, tokens, ahead)
+        for router in self.routers:
+            router.loss_scale = scale
+        step = _Step(self, batches, tokens, ahead, scale)
         self.log = []
         for op in self.row:
             step.execute(op)
@@ -88,8 +93,10 @@ class Pipeline:
 class _Step:
     """Tensors of one step on their way between stages, by (stage, microbatch)."""
 
-    def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], tokens: float, ahead: Sequence[float]) -> None:
-        self.pipeline, self.batches, self.tokens, self.ahead = pipeline, batches, tokens, ahead
+    def __init__(
+        self, pipeline: Pipeline, batches: Sequence[Batch], tokens: float, ahead: Sequence[float], scale: float
+    ) -> None:
+        self.pipeline, self.batches, self.tokens, self.ahead, self.scale = pipeline, batches, tokens, ahead, scale
         self.sums = torch.zeros(len(batches), 2 + len(ahead), dtype=torch.float64, device=batches[0].tokens.device)
         self.entered: dict[tuple[int, int], Tensor] = {}  # a stage's input, until its gradient is out
         self.left: dict[tuple[int, int], Tensor] = {}  # its output or loss, until backward
@@ -129,7 +136,7 @@ class _Step:
             loss = (nll_sum + pipeline.z_loss * z_sum) / self.tokens
             for total, count in zip(ahead_sums, self.ahead, strict=True):
                 loss = loss + stage.config.mtp_weight / len(self.ahead) * (total / count)
-            self.left[at] = loss
+            self.left[at] = loss * self.scale
             return
         self.left[at] = stage(batch.tokens, batch.documents, x=x)
         if not pipeline.schedule.crosses(number):

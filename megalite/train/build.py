@@ -161,7 +161,7 @@ def make_gradients(
         from megalite.parallel.fully_sharded import ShardedGradients
 
         return ShardedGradients(stages, comm, precision, bucket_bytes)
-    return Gradients(stages, comm, precision.main, bucket_bytes, 0 if zero == 3 else zero)
+    return Gradients(stages, comm, precision.accumulate, bucket_bytes, 0 if zero == 3 else zero)
 
 
 def rank_share(config: Config, mesh: Mesh, stages: Sequence[Transformer], made: schedule.Schedule) -> Share:
@@ -188,13 +188,15 @@ def describe_layout(config: Config, mesh: Mesh, made: schedule.Schedule) -> str:
     return " ".join(axes + sharing) or "one process"
 
 
-def make_optimizer(config: Config, stages: Sequence[Transformer], gradients: Gradients) -> Optimizer:
+def make_optimizer(
+    config: Config, stages: Sequence[Transformer], gradients: Gradients, precision: Precision
+) -> Optimizer:
     if config.parallel.engine == "deepspeed":
         from megalite.train.deepspeed_engine import DeepSpeedGradients, DeepSpeedOptimizer
 
         assert isinstance(gradients, DeepSpeedGradients)
         return DeepSpeedOptimizer(gradients, config.optim, config.train.steps)
-    return Optimizer(stages, gradients, config.optim, config.train.steps)
+    return Optimizer(stages, gradients, config.optim, config.train.steps, precision, config.train.seed)
 
 
 def run_facts(
@@ -216,7 +218,7 @@ def run_facts(
         "world_size": world.size,
         "device": str(world.device),
         "threads": threads,
-        "precision": f"{precision.name} ({precision.reason})" if precision.reason else precision.name,
+        "precision": str(precision),
         "micro_batch": train.micro_batch,
         "accumulation": train.global_batch // (train.micro_batch * mesh.size("dp")),
         "global_batch": train.global_batch,
@@ -230,7 +232,7 @@ def run_facts(
         "peak_flops": measured_matmul_peak(world.device, precision.compute, threads),
         "flops_per_token": flops_per_token(config.model, vocab, sequence),
         "predicted_memory_gb": predict(
-            config, vocab, precision.compute, precision.main, world.device.type, rank_share(config, mesh, stages, made)
+            config, vocab, precision, world.device.type, rank_share(config, mesh, stages, made)
         ).total
         / 1e9,
     }

@@ -19,7 +19,7 @@ class StepMetrics:
     (0.41 is 41%); None where no peak was measured. `memory_gb`: this rank's peak (1e9 bytes). `step_s`: wall time, of
     which `data_s` waiting for data. `skipped`: the update was left out because loss or gradient was not finite.
     `val_*`: set on the steps that evaluate. `experts`: see `Balance.described`. `mtp_loss`: nats a token, the mean over
-    the multi-token modules.
+    the multi-token modules. `loss_scale`: of this step, with precision=fp16.
     """
 
     step: int
@@ -39,6 +39,7 @@ class StepMetrics:
     val_bits_per_byte: float | None = None
     experts: dict[str, Any] | None = None
     mtp_loss: float | None = None
+    loss_scale: float | None = None
 
 
 class TrainerView(Protocol):

@@ -26,6 +26,7 @@ from megalite.model.size import (
     rotary_dim,
     value_dim,
 )
+from megalite.precision import Precision
 
 TRITON_BYTES = 0.073e9 if find_spec("triton") else 0.0
 """PyTorch loads Triton where it is installed."""
@@ -81,15 +82,15 @@ def whole(config: Config, vocab: int) -> Share:
 def predict(
     config: Config,
     vocab: int,
-    compute: torch.dtype,
-    main: torch.dtype,
+    precision: Precision,
     device: str = "cpu",
     share: Share | None = None,
 ) -> Memory:
     """Memory of a process with that share of the job (default: of one that holds the whole model).
 
-    Parameters and activations are in `compute`, gradients and moments in `main`; `device`: cpu or cuda.
+    `device`: cpu or cuda.
     """
+    compute, main = precision.compute, precision.main
     share, parallel = share or whole(config, vocab), config.parallel
     model, tokens = config.model, config.train.micro_batch * config.data.sequence_length // parallel.cp
     counts = parameter_counts(model, vocab, model.max_positions or config.data.sequence_length)
@@ -108,8 +109,8 @@ def predict(
         kept += model.mtp * _module_kept(model, compute.itemsize, parallel.tp if parallel.sp else 1)
     return Memory(
         weights=weights * main.itemsize if shards_weights else share.parameters * compute.itemsize,
-        gradients=sums * main.itemsize,
-        optimizer=states * (copies * (not shards_weights) + moments * main.itemsize),
+        gradients=sums * precision.accumulate.itemsize,
+        optimizer=states * (copies * (not shards_weights) + moments * precision.moments.itemsize),
         activations=tokens * (kept + ends),
         transient=_transient(config, -(-vocab // parallel.tp), tokens, compute, share.last, device == "cuda"),
         process=PROCESS_BYTES.get(device, 0.0),

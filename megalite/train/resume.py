@@ -56,6 +56,7 @@ def training_state(trainer: "Trainer") -> tuple[dict[str, Held], dict[str, Any]]
         "branch": trainer.resumed.branch if trainer.resumed else None,
         "seed": trainer.config.train.seed,
         "skipped_in_a_row": trainer.skipped_in_a_row,
+        "loss_scale": trainer.loss_scale.state() if trainer.loss_scale.dynamic else None,
         "layout": trainer.mesh.sizes,
         "vocab": trainer.vocab,
         "max_positions": trainer.stages[0].max_positions,
@@ -98,6 +99,7 @@ def resume(trainer: "Trainer") -> Resumed | None:
         torch.set_rng_state(tensors.pop(random_state).parts[0][1])
     trainer.optimizer.load_state_tensors(tensors)
     trainer.step, trainer.skipped_in_a_row = counters["step"], counters["skipped_in_a_row"]
+    trainer.loss_scale.load(counters.get("loss_scale"))
     set_aside = trainer.store.set_aside_after(trainer.step) if chosen["at_branch"] else []
     return Resumed(str(path), branch, changes(trainer.config, counters["config"]), set_aside)
 

@@ -28,6 +28,7 @@ from megalite.train.balance import Balance
 from megalite.train.callback import Callback, StepMetrics
 from megalite.train.evaluate import Evaluation, evaluate
 from megalite.train.interrupt import Stopped, StopRequest
+from megalite.train.loss_scale import LossScale
 from megalite.train.memory import measured_memory
 from megalite.train.observers import make_observers
 from megalite.train.resume import resume, training_state
@@ -74,7 +75,8 @@ class Trainer:
         self.stages = build.make_stages(config, self.comm, self.vocab, schedule.placement, self.precision, self.device)
         self.gradients = build.make_gradients(config, self.comm, self.stages, self.precision)
         self.pipeline = Pipeline(self.stages, schedule, self.comm, self.gradients, config.train.z_loss)
-        self.optimizer = build.make_optimizer(config, self.stages, self.gradients)
+        self.optimizer = build.make_optimizer(config, self.stages, self.gradients, self.precision)
+        self.loss_scale = LossScale.of(config.precision, self.precision.scaled)
         self.balance = Balance(self.stages, self.comm, config.model)
         self.store = CheckpointStore(self.run_dir / "checkpoints", self.comm, config.checkpoint.keep)
         state_bytes = self.optimizer.state_bytes()
@@ -126,23 +128,28 @@ class Trainer:
 
         self.gradients.zero()
         self.balance.begin()
-        sums = self.pipeline.train(microbatches, tokens, ahead)
+        scale = self.loss_scale.value
+        sums = self.pipeline.train(microbatches, tokens, ahead, scale)
         self.gradients.finish()
         (nll_sum, z_sum, *ahead_sums), stop = self._agreed(sums, asked_to_stop)
         loss, z_loss = nll_sum / tokens, z_sum / tokens
-        grad_norm, routed = self.gradients.global_norm().item(), self.balance.measure()
+        grad_norm, routed = self.gradients.global_norm().item() / scale, self.balance.measure()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
-            if 0 < self.config.optim.clip < grad_norm:
-                self.gradients.scale(self.config.optim.clip / grad_norm)
+            clip = self.config.optim.clip
+            factor = (clip / grad_norm if 0 < clip < grad_norm else 1.0) / scale
+            if factor != 1.0:
+                self.gradients.scale(factor)
             self.optimizer.step(step)
             self.balance.update(routed)
         self.step, self.stopping = step, stop
         self._note_skip(finite, loss, grad_norm)
+        self.loss_scale.update(finite)
         metrics = self._measured(loss, z_loss, grad_norm, not finite, time.perf_counter() - started, data_s)
         further = [total / count for total, count in zip(ahead_sums, ahead, strict=True)]
         mtp_loss = sum(further) / len(further) if further else None
-        return replace(metrics, experts=self.balance.described(routed), mtp_loss=mtp_loss)
+        scaled = scale if self.loss_scale.dynamic else None
+        return replace(metrics, experts=self.balance.described(routed), mtp_loss=mtp_loss, loss_scale=scaled)
 
     def whole_model(self) -> Transformer | None:
         """The model as one process holds it, on rank 0; None elsewhere. A collective."""
@@ -252,9 +259,11 @@ class Trainer:
         )
 
     def _note_skip(self, finite: bool, loss: float, grad_norm: float) -> None:
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if finite:
+            self.skipped_in_a_row = 0
             return
+        # What a smaller loss scale will cure is part of finding it.
+        self.skipped_in_a_row += not (math.isfinite(loss) and self.loss_scale.can_fall)
         self.event("skip", loss=repr(loss), grad_norm=repr(grad_norm), why="loss or gradient is not finite")
         if self.skipped_in_a_row >= self.config.train.nonfinite_limit:
             raise RunError(

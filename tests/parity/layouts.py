@@ -224,7 +224,7 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
     stages = build.make_stages(config, comm, VOCAB, schedule.placement, precision, torch.device("cpu"))
     gradients = build.make_gradients(config, comm, stages, precision)
     pipeline = Pipeline(stages, schedule, comm, gradients, config.train.z_loss)
-    optimizer = Optimizer(stages, gradients, config.optim, task.steps)
+    optimizer = Optimizer(stages, gradients, config.optim, task.steps, precision, config.train.seed)
     balance = Balance(stages, comm, config.model)
     initial = parts(stages, local)
     losses, norms, loads, first = [], [], [], {}

@@ -12,6 +12,7 @@ from megalite.config.load import load_config
 from megalite.model.parallelize import apply_recompute
 from megalite.model.transformer import Transformer
 from megalite.parallel.parameter import materialize
+from megalite.precision import PRESETS, Precision
 from megalite.train import build
 from megalite.train.memory import predict
 from megalite.train.peak import measured_matmul_peak
@@ -23,12 +24,12 @@ SMALL = ("model.layers=3", "model.hidden=64", "model.heads=4", "model.ffn=96", "
 VOCAB = 211
 
 
-def kept_bytes(*overrides: str, dtype: torch.dtype) -> tuple[float, float]:
+def kept_bytes(*overrides: str, precision: Precision) -> tuple[float, float]:
     """(kept for backward by autograd beyond parameters and the loss's own gradients, predicted)."""
     config = load_config(*SMALL, *overrides)
     with torch.device("meta"):
         model = Transformer(config.model, VOCAB, config.data.sequence_length)
-    materialize(model, torch.device("cpu"), seed=0, dtype=dtype)
+    materialize(model, torch.device("cpu"), seed=0, dtype=precision.compute)
     apply_recompute(model, config.recompute)  # type: ignore[arg-type]
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -45,10 +46,10 @@ def kept_bytes(*overrides: str, dtype: torch.dtype) -> tuple[float, float]:
         losses = model.loss(tokens, tokens, ahead=True)
     assert losses.nll_sum.requires_grad
     loss_gradients = (1 + config.model.mtp) * (tokens.numel() + VOCAB) * config.model.hidden * 4
-    return sum(kept.values()) - loss_gradients, predict(config, VOCAB, dtype, torch.float32).activations
+    return sum(kept.values()) - loss_gradients, predict(config, VOCAB, precision).activations
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -73,28 +74,29 @@ def kept_bytes(*overrides: str, dtype: torch.dtype) -> tuple[float, float]:
         ("recompute=full",),
     ],
 )
-def test_activations_are_those_autograd_keeps(overrides: tuple[str, ...], dtype: torch.dtype) -> None:
-    kept, predicted = kept_bytes(*overrides, dtype=dtype)
+def test_activations_are_those_autograd_keeps(overrides: tuple[str, ...], precision: str) -> None:
+    kept, predicted = kept_bytes(*overrides, precision=PRESETS[precision])
     assert predicted == pytest.approx(kept, rel=0.06, abs=32e3)
 
 
 def test_state_is_counted_by_dtype_and_optimizer() -> None:
     config = load_config(*SMALL)
-    full, mixed = (predict(config, VOCAB, dtype, torch.float32) for dtype in (torch.float32, torch.bfloat16))
+    full, mixed, pure = (predict(config, VOCAB, PRESETS[name]) for name in ("fp32", "bf16", "bf16_pure"))
     parameters = full.weights / 4
     assert (full.gradients, full.optimizer) == (4 * parameters, 8 * parameters)
     assert (mixed.weights, mixed.gradients, mixed.optimizer) == (2 * parameters, 4 * parameters, 12 * parameters)
+    assert (pure.weights, pure.gradients, pure.optimizer) == (2 * parameters, 4 * parameters, 4 * parameters)
     config.optim.name = "sgd"
-    assert predict(config, VOCAB, torch.float32, torch.float32).optimizer == 4 * parameters
+    assert predict(config, VOCAB, PRESETS["fp32"]).optimizer == 4 * parameters
     config.optim.name = "muon"
-    assert 4 * parameters < predict(config, VOCAB, torch.float32, torch.float32).optimizer < 8 * parameters
+    assert 4 * parameters < predict(config, VOCAB, PRESETS["fp32"]).optimizer < 8 * parameters
 
 
 def held(*overrides: str) -> dict[str, float]:
     """Bytes of weights and of optimizer state that this rank really has, beside what was predicted."""
     trainer = Trainer(load_config(*tiny_job(*overrides)), callbacks=[])
     share = build.rank_share(trainer.config, trainer.mesh, trainer.stages, trainer.pipeline.schedule)
-    predicted = predict(trainer.config, trainer.vocab, torch.float32, torch.float32, share=share)
+    predicted = predict(trainer.config, trainer.vocab, PRESETS["fp32"], share=share)
     weights = {p for stage in trainer.stages for p in stage.parameters()}
     state = sum(held.bytes for name, held in trainer.optimizer.state_tensors().items() if name.startswith("optim."))
     return {

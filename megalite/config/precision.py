@@ -1,0 +1,36 @@
+"""Rules of the precision policy."""
+
+import math
+from collections.abc import Iterator
+
+from megalite.config.rules import Job, Rules
+from megalite.config.schema import PrecisionConfig
+
+RULES = Rules()
+LARGEST_LOSS_SCALE = 2.0**32
+
+
+@RULES.reads(
+    *("precision.name", "precision.loss_scale", "precision.loss_scale_window", "precision.loss_scale_hysteresis")
+)
+def loss_scale_is_a_power_of_two(job: Job) -> Iterator[str]:
+    precision, usual = job.config.precision, PrecisionConfig()
+    scale = precision.loss_scale
+    if math.frexp(scale)[0] != 0.5 or scale > LARGEST_LOSS_SCALE:
+        near = min(LARGEST_LOSS_SCALE, 2.0 ** round(math.log2(scale)))
+        yield f"precision.loss_scale={scale:g}: a power of two up to 2^32, so that it rounds nothing; nearest: {near:g}"
+    if precision.name != "fp16":
+        for name in ("loss_scale", "loss_scale_window", "loss_scale_hysteresis"):
+            if getattr(precision, name) != getattr(usual, name):
+                yield f"precision.{name}={getattr(precision, name)}: has no effect without precision=fp16; leave it out"
+
+
+@RULES.reads("precision.name", "optim.name", "parallel.zero", "parallel.engine")
+def pure_bf16_has_its_own_update(job: Job) -> Iterator[str]:
+    config = job.config
+    if config.precision.name != "bf16_pure" or config.parallel.engine == "deepspeed":
+        return
+    if config.optim.name != "adamw":
+        yield f"optim.name={config.optim.name}: precision=bf16_pure rounds adamw's updates alone; set adamw, or bf16"
+    if config.parallel.zero == 3:
+        yield "parallel.zero=3: not built for precision=bf16_pure; legal: 0, 1, 2; or precision=bf16"

@@ -1,0 +1,107 @@
+"""bfloat16 alone: rounding that is right on the average, drawn alike on every layout; and what each preset says."""
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megalite.optim.stochastic import logical_index, random_bits, round_stochastically
+from megalite.parallel.buckets import Slot
+from megalite.parallel.data import Piece
+from megalite.parallel.parameter import Declaration, Placement
+from megalite.precision import PRESETS
+from tests.parity.layouts import Layout, Task, joined, trained
+
+STEP = 2.0**-7
+"""Between bfloat16 numbers from 1 to 2."""
+
+
+def splitmix64(state: int) -> int:
+    """The published generator, in Python's whole numbers."""
+    word = 2**64 - 1
+    z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & word
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & word
+    return z ^ (z >> 31)
+
+
+def test_bits_are_those_of_splitmix64() -> None:
+    start = int.from_bytes(hashlib.blake2b(b"7/1/w", digest_size=8).digest(), "little")
+    index = torch.tensor([0, 1, 2, 12345, 2**40])
+    expected = [splitmix64((start + i * 0x9E3779B97F4A7C15) % 2**64) >> 48 for i in index.tolist()]
+    assert random_bits("7/1/w", index).tolist() == expected
+
+
+def test_bits_are_spread_evenly() -> None:
+    bits = random_bits("seed", torch.arange(2**20)).numpy()
+    counts = np.bincount(bits >> 8, minlength=256)
+    assert len(counts) == 256 and abs(counts - 4096).max() < 6 * 4096**0.5
+    assert abs(np.corrcoef(bits[:-1], bits[1:])[0, 1]) < 5e-3
+    assert (random_bits("other", torch.arange(2**20)).numpy() == bits).mean() < 1e-4
+
+
+@pytest.mark.parametrize("share", [0.0, 2.0**-16, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_rounding_goes_to_a_neighbour_and_is_right_on_the_average(share: float, sign: float) -> None:
+    n = 2**20
+    x = torch.full((n,), sign * (1.0 + share * STEP))
+    rounded = round_stochastically(x, random_bits("x", torch.arange(n))).double()
+    assert set(rounded.unique().tolist()) <= {sign, sign * (1.0 + STEP)}
+    up = (rounded.abs() - 1.0).mean().item() / STEP
+    assert abs(up - share) <= 5 * (share * (1 - share) / n) ** 0.5
+
+
+def test_what_is_bfloat16_stays_and_what_is_no_number_too() -> None:
+    codes = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    for bits in (0, 0xFFFF):
+        rounded = round_stochastically(codes.float(), torch.full((2**16,), bits, dtype=torch.int32))
+        assert torch.equal(rounded.isnan(), codes.isnan())
+        assert torch.equal(rounded[~codes.isnan()].view(torch.int16), codes[~codes.isnan()].view(torch.int16))
+
+
+def test_each_element_knows_its_place() -> None:
+    declared = Declaration((6, 5, 4), "matrix")
+    whole = torch.arange(120).view(6, 5, 4)
+    placed = Placement((2, 1, 0), (3, 4, 4))
+    mine = whole[2:5, 1:5, :].reshape(-1)
+    slot = replace_slot(declared, placed)
+    for start, stop in ((0, 48), (5, 31), (47, 48), (9, 9)):
+        piece = Piece(slot, None, start, stop, torch.zeros(stop - start))  # type: ignore[arg-type]
+        assert logical_index(piece).tolist() == mine[start:stop].tolist()
+
+
+def replace_slot(declared: Declaration, placed: Placement) -> Slot:
+    slot = object.__new__(Slot)
+    for name, value in {"declared": declared, "placed": placed, "name": "w"}.items():
+        object.__setattr__(slot, name, value)
+    return slot
+
+
+def test_small_updates_are_not_lost() -> None:
+    """Nothing of an update of a hundredth of a step survives rounding to nearest; of a thousand, ten steps should."""
+    x, n = torch.ones(4096).bfloat16(), torch.arange(4096)
+    for step in range(1000):
+        x = round_stochastically(x.float() + STEP / 100, random_bits(str(step), n))
+    assert (torch.ones(1).bfloat16() + STEP / 100).item() == 1.0
+    assert (x.double().mean().item() - 1.0) / STEP == pytest.approx(10, abs=0.3)
+
+
+PURE = Task("untied", "adamw", steps=3, precision="bf16_pure", deterministic="layout")
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(dp=4, zero=1), Layout(dp=2, zero=2)], ids=str)
+def test_no_bit_depends_on_how_data_is_spread(layout: Layout) -> None:
+    alone, ranks = trained(Layout(), PURE, threads=True), trained(layout, PURE, threads=True)
+    expected, found = joined(alone, "weights"), joined(ranks, "weights")
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    rounded = trained(Layout(), replace(PURE, precision="bf16"), threads=True)
+    off = [np.abs(w - expected[n]).max() / np.abs(w).max() for n, w in joined(rounded, "weights").items()]
+    assert 0 < max(off) < 0.05, "near the weights that have float32 behind them, and not those"
+
+
+def test_presets_say_what_they_keep() -> None:
+    assert str(PRESETS["fp32"]) == "fp32"
+    assert str(PRESETS["bf16"]) == "bf16 (compute bf16; accumulate fp32; main fp32; moments fp32)"
+    assert "main bf16; moments bf16; updates rounded stochastically" in str(PRESETS["bf16_pure"])
+    assert "dynamic loss scale" in str(PRESETS["fp16"])

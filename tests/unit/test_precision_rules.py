@@ -1,0 +1,41 @@
+"""Rules of the precision policy: each can fail, and what it recommends is legal."""
+
+from typing import Any
+
+import pytest
+
+from megalite.config.precision import RULES
+from megalite.config.rules import Job
+from megalite.config.validate import violations
+from tests.unit.test_config_rules import changed
+
+FP16, PURE, BF16 = ({"precision__name": name} for name in ("fp16", "bf16_pure", "bf16"))
+SCALE = "precision__loss_scale"
+CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
+    ({**FP16, SCALE: 1000.0}, ["precision.loss_scale=1000", "nearest: 1024"], [{SCALE: 1024.0}]),
+    ({**FP16, SCALE: 2.0**33}, ["a power of two up to 2^32"], [{SCALE: 2.0**32}]),
+    ({"precision__loss_scale_window": 5}, ["precision.loss_scale_window=5: has no effect"], [FP16]),
+    ({**PURE, "optim__name": "muon"}, ["optim.name=muon"], [{"optim__name": "adamw"}, BF16]),
+    ({**PURE, "parallel__zero": 3}, ["parallel.zero=3: not built"], [{"parallel__zero": 2}, BF16]),
+    (
+        {**FP16, "parallel__engine": "deepspeed", "parallel__zero": 1},
+        ["precision=fp16: parallel.engine=deepspeed has none"],
+        [BF16, {"parallel__engine": "megalite"}],
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "parts", "remedies"), CASES, ids=["-".join(case[1][:1]) for case in CASES])
+def test_one_violation_one_line_and_its_remedies(
+    values: dict[str, Any], parts: list[str], remedies: list[dict[str, Any]]
+) -> None:
+    (line,) = violations(changed(**values), 1)
+    for part in parts:
+        assert part in line
+    for remedy in remedies:
+        assert violations(changed(**(values | remedy)), 1) == [], remedy
+
+
+def test_every_rule_can_fail() -> None:
+    failing = {rule.__name__ for values, *_ in CASES for _, rule in RULES if list(rule(Job(changed(**values), 1)))}
+    assert failing == {rule.__name__ for _, rule in RULES}
