@@ -176,7 +176,8 @@ def deepspeed_spreads_data_alone(job: Job) -> Iterator[str]:
         if parallel.zero == 0:
             yield "parallel.zero=0: parallel.engine=deepspeed shards at least the optimizer; legal: 1, 2, 3"
         if (name := job.config.precision.name) not in ("auto", "fp32", "bf16"):
-            yield f"precision={name}: parallel.engine=deepspeed has none; legal: fp32, bf16; or parallel.engine=megalite"
+            legal = "legal: fp32, bf16; or parallel.engine=megalite"
+            yield f"precision={name}: parallel.engine=deepspeed has none; {legal}"
         if job.config.optim.name == "muon":
             yield "optim.name=muon: not with parallel.engine=deepspeed; legal: adamw, sgd; or parallel.engine=megalite"
     if parallel.offload and (parallel.engine != "deepspeed" or parallel.zero == 0):

@@ -34,3 +34,33 @@ def pure_bf16_has_its_own_update(job: Job) -> Iterator[str]:
         yield f"optim.name={config.optim.name}: precision=bf16_pure rounds adamw's updates alone; set adamw, or bf16"
     if config.parallel.zero == 3:
         yield "parallel.zero=3: not built for precision=bf16_pure; legal: 0, 1, 2; or precision=bf16"
+
+
+@RULES.reads(
+    *("precision.fp8", "precision.fp8_backward", "precision.fp8_skip_first", "precision.fp8_skip_last"),
+    *("precision.fp8_history", "model.layers", "parallel.overlap", "parallel.engine", "train.compile"),
+)
+def fp8_reaches_a_layer(job: Job) -> Iterator[str]:
+    config, precision, usual = job.config, job.config.precision, PrecisionConfig()
+    chosen = precision.fp8 != "none"
+    for name in ("fp8_backward", "fp8_skip_first", "fp8_skip_last"):
+        if not chosen and getattr(precision, name) != getattr(usual, name):
+            yield f"precision.{name}={getattr(precision, name)}: has no effect with precision.fp8=none; leave it out"
+    if precision.fp8 != "delayed" and precision.fp8_history != usual.fp8_history:
+        steps = precision.fp8_history
+        yield f"precision.fp8_history={steps}: has no effect without precision.fp8=delayed; leave it out"
+    if not chosen:
+        return
+    layers, skipped = config.model.layers, precision.fp8_skip_first + precision.fp8_skip_last
+    if skipped >= layers:
+        yield (
+            f"precision.fp8={precision.fp8}: precision.fp8_skip_first {precision.fp8_skip_first} and fp8_skip_last"
+            f" {precision.fp8_skip_last} leave none of {layers} layers; together at most {layers - 1}"
+        )
+    if config.parallel.overlap:
+        yield f"parallel.overlap=true: not built for precision.fp8={precision.fp8}; set false"
+    if config.parallel.engine == "deepspeed":
+        legal = "set none, or parallel.engine=megalite"
+        yield f"precision.fp8={precision.fp8}: parallel.engine=deepspeed has none; {legal}"
+    if config.train.compile:
+        yield f"train.compile=true: not built for precision.fp8={precision.fp8}; set false"

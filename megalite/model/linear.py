@@ -6,6 +6,7 @@ from megalite_kernels import linear
 from torch import Tensor, nn
 
 from megalite.parallel.deferred import DeferredWeights
+from megalite.parallel.fp8 import KINDS, Fp8
 from megalite.parallel.parameter import declare
 from megalite.parallel.tensor import ALONE, TensorParallel
 
@@ -16,6 +17,7 @@ class Linear(nn.Module):
     `split`: the mesh axis tp divides the outputs (rows of the weight, and the bias) or the inputs (its columns). Split
     outputs take x as `TensorParallel.enter` gives it and return this rank's outputs; split inputs take this rank's
     inputs and return to the residual stream. None: every rank has the whole weight, for its tokens of that stream.
+    `fp8`: how it multiplies, where not in the dtype of x.
     """
 
     def __init__(
@@ -25,9 +27,16 @@ class Linear(nn.Module):
         shard = None if split is None else {"tp": 0 if split == "outputs" else 1}
         self.weight = declare(outputs, inputs, role="matrix", std=std, shard=shard)
         self.bias = declare(outputs, role="bias", shard={"tp": 0} if split == "outputs" else None) if bias else None
-        self.returns = split == "inputs"
+        self.split, self.returns = split, split == "inputs"
         self.tp: TensorParallel = ALONE
         self.deferred: DeferredWeights | None = None  # the weight's gradient may be asked for later
+        self.fp8: Fp8 | None = None
+
+    def multiply_in(self, fp8: Fp8, steps: int) -> None:
+        """Multiply so from now on; `steps` of history where that scales by one."""
+        self.fp8 = fp8
+        if fp8.history is not None:
+            self.amax_history = declare(len(KINDS), steps, role="state")
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.returns or self.tp.size == 1:
@@ -36,4 +45,6 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.fp8 is not None:
+            return self.fp8.linear(x, self.weight, bias, self.deferred)
         return linear(x, self.weight, bias) if self.deferred is None else self.deferred.linear(x, self.weight, bias)

@@ -1,4 +1,4 @@
-"""Everything done to a plain model before it trains, in one fixed order: stages, tp, cp, kernels, recompute,
+"""Everything done to a plain model before it trains, in one fixed order: stages, FP8, tp, cp, kernels, recompute,
 compile.
 
 The model is on the meta device until the end, so a rank never holds more than its part. ZeRO is not here: it shards
@@ -7,6 +7,7 @@ what the optimizer and the gradients hold, not what the model computes (`paralle
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from megalite.comm import Communicator
@@ -17,6 +18,7 @@ from megalite.model.transformer import Transformer
 from megalite.parallel.context import ContextParallel
 from megalite.parallel.deferred import DeferredWeights
 from megalite.parallel.experts import make_dispatcher
+from megalite.parallel.fp8 import USUAL_BACKWARD, Fp8, Recipe
 from megalite.parallel.parameter import shard_parameters
 from megalite.parallel.tensor import TensorParallel
 
@@ -27,6 +29,7 @@ def parallelize(
     """This rank's stages of `model`. `layers[stage]`: its blocks; `placement[stage]`: its rank along pp."""
     mine = [stage for stage, rank in enumerate(placement) if rank == comm.mesh.index("pp")]
     stages = [model.stage(layers[stage], stage == 0, stage == len(layers) - 1) for stage in mine]
+    apply_fp8(stages, comm, config)
     tp = TensorParallel(comm, config.parallel.sp, config.parallel.overlap)
     spread_tensors(stages, tp, sorted({placement[0], placement[-1]}))
     spread_context(stages, comm)
@@ -37,6 +40,33 @@ def parallelize(
         if config.train.compile:
             apply_compile(stage)
     return stages
+
+
+def apply_fp8(stages: Sequence[Transformer], comm: Communicator, config: Config) -> None:
+    """Let the linears of the chosen blocks multiply in FP8. Not the embedding, head, norms, routers, nor multi-token
+    modules."""
+    recipe, chosen = fp8_recipe(config), fp8_layers(config)
+    if recipe is None:
+        return
+    blocks = [block for stage in stages for layer, block in stage.layers.items() if layer in chosen]
+    with torch.device("meta"):
+        for module in (module for block in blocks for module in block.modules()):
+            if isinstance(module, Linear):
+                fp8 = Fp8(recipe, comm, module.split, config.parallel.sp)
+                module.multiply_in(fp8, config.precision.fp8_history)
+
+
+def fp8_recipe(config: Config) -> Recipe | None:
+    precision = config.precision
+    if precision.fp8 == "none":
+        return None
+    usual = USUAL_BACKWARD[precision.fp8]
+    return Recipe(precision.fp8, usual if precision.fp8_backward == "auto" else precision.fp8_backward)
+
+
+def fp8_layers(config: Config) -> range:
+    """The layers whose linears multiply in FP8, where there is a recipe."""
+    return range(config.precision.fp8_skip_first, config.model.layers - config.precision.fp8_skip_last)
 
 
 def spread_tensors(stages: Sequence[nn.Module], tp: TensorParallel, ends: Sequence[int] = (0,)) -> None:

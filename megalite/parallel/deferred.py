@@ -1,5 +1,6 @@
 """Weight gradients put off until after the input gradients: what zero-bubble schedules call W (arXiv:2401.10241)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,32 +9,36 @@ from torch import Tensor, nn
 
 from megalite.parallel.data import Gradients
 
+Product = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+"""The weight's gradient from a linear's input, its output's gradient and the dtype wanted."""
+
 
 class DeferredWeights:
-    """Of one stage: while `waiting` names a microbatch, its backward keeps (weight, input, output gradient) instead of
-    multiplying them; `compute` does it later. `bytes`: held now. `peak_bytes`: the most that was held at once."""
+    """Of one stage: while `waiting` names a microbatch, its backward keeps (weight, input, output gradient) and how
+    they are multiplied, instead of doing so; `compute` does it later. `bytes`: held now. `peak_bytes`: the most that
+    was held at once."""
 
     def __init__(self) -> None:
         self.waiting: int | None = None
         self.bytes = self.peak_bytes = 0
-        self._kept: dict[int, list[tuple[nn.Parameter, Tensor, Tensor]]] = {}
+        self._kept: dict[int, list[tuple[nn.Parameter, Tensor, Tensor, Product]]] = {}
 
     def linear(self, x: Tensor, weight_NK: nn.Parameter, bias_N: Tensor | None) -> Tensor:
         """`megalite_kernels.linear` whose weight gradient can wait."""
         y: Tensor = _Deferring.apply(x, weight_NK, bias_N, self)
         return y
 
-    def keep(self, weight: nn.Parameter, x: Tensor, grad_y: Tensor) -> None:
+    def keep(self, weight: nn.Parameter, x: Tensor, grad_y: Tensor, product: Product = weight_gradient) -> None:
         assert self.waiting is not None
-        self._kept.setdefault(self.waiting, []).append((weight, x, grad_y))
+        self._kept.setdefault(self.waiting, []).append((weight, x, grad_y, product))
         self.bytes += _bytes(x) + _bytes(grad_y)
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     @torch.no_grad()
     def compute(self, microbatch: int, gradients: Gradients) -> None:
         """The weight gradients of one microbatch, handed to `gradients` in the order in which backward met them."""
-        for weight, x, grad_y in self._kept.pop(microbatch, []):
-            gradients.add(weight, weight_gradient(x, grad_y, weight.dtype))
+        for weight, x, grad_y, product in self._kept.pop(microbatch, []):
+            gradients.add(weight, product(x, grad_y, weight.dtype))
             self.bytes -= _bytes(x) + _bytes(grad_y)
 
 

@@ -30,6 +30,7 @@ from megalite.pipeline.split import split_layers
 from megalite.precision import Precision
 from megalite.train.memory import Share, predict
 from megalite.train.peak import measured_matmul_peak
+from megalite.train.precision_table import fp8_lines
 from megalite.train.stage_costs import measured_costs
 from megalite.world import World, usable_cores
 
@@ -219,6 +220,7 @@ def run_facts(
         "device": str(world.device),
         "threads": threads,
         "precision": str(precision),
+        "precision_notes": fp8_lines(config, precision, world.device),
         "micro_batch": train.micro_batch,
         "accumulation": train.global_batch // (train.micro_batch * mesh.size("dp")),
         "global_batch": train.global_batch,

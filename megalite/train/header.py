@@ -3,9 +3,9 @@
 `facts` is the trainer's dictionary of that name (also stored in environment.json); missing facts are left out.
 
 Keys read here: model, family, parameters, embedding_parameters, layers, hidden, layout, world_size, device, threads,
-precision, micro_batch, accumulation, global_batch, sequence_length, steps, data, tokenizer, vocab, data_notes (lines),
-backends (lines), set_by_engine (lines), peak_flops (FLOP/s of one rank), flops_per_token, predicted_memory_gb,
-predicted_step_s, run_dir, resumed_from.
+precision, precision_notes (lines), micro_batch, accumulation, global_batch, sequence_length, steps, data, tokenizer,
+vocab, data_notes (lines), backends (lines), set_by_engine (lines), peak_flops (FLOP/s of one rank), flops_per_token,
+predicted_memory_gb, predicted_step_s, run_dir, resumed_from.
 """
 
 from typing import Any
@@ -21,6 +21,7 @@ def header(facts: dict[str, Any]) -> str:
         *(("data", str(line)) for line in facts.get("data_notes", [])),
         ("layout", _layout(facts)),
         ("precision", str(facts.get("precision", ""))),
+        *(("precision", str(line)) for line in facts.get("precision_notes", [])),
         ("batch", _batch(facts)),
         *(("backend", str(line)) for line in facts.get("backends", [])),
         *(("set itself", str(line)) for line in facts.get("set_by_engine", [])),

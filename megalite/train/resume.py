@@ -138,6 +138,15 @@ def check_continuity(trainer: "Trainer", path: Path, counters: dict[str, Any], a
             raise UserError(
                 f"{key}: {now}, but {path} was trained with {before}; set {key}={before} or another run.name"
             )
+    for key, kind in (("precision.fp8", "delayed"), ("precision.name", "bf16_pure")):
+        before, now = at(saved, key), value_at(config, key)
+        if before != now and kind in (before, now):
+            raise UserError(
+                f"{key}: {now}, but {path} keeps the state of {before}; set {key}={before} or another run.name"
+            )
+    key = "precision.fp8_history"
+    if config.precision.fp8 == "delayed" and at(saved, key) != value_at(config, key):
+        raise UserError(f"{key}: {value_at(config, key)}, but {path} keeps {at(saved, key)} steps; set that")
     for key in leaves(Config):
         before, now = at(saved, key), value_at(config, key)
         freely = key in LABELS or (key in OF_TRAINING and ("bias" not in key or None not in (before, now)))

@@ -26,6 +26,7 @@ from megalite.precision import choose_precision
 from megalite.train import build
 from megalite.train.balance import Balance
 from megalite.train.callback import Callback, StepMetrics
+from megalite.train.delayed_scales import DelayedScales
 from megalite.train.evaluate import Evaluation, evaluate
 from megalite.train.interrupt import Stopped, StopRequest
 from megalite.train.loss_scale import LossScale
@@ -78,6 +79,7 @@ class Trainer:
         self.optimizer = build.make_optimizer(config, self.stages, self.gradients, self.precision)
         self.loss_scale = LossScale.of(config.precision, self.precision.scaled)
         self.balance = Balance(self.stages, self.comm, config.model)
+        self.scales = DelayedScales(self.stages, self.comm)
         self.store = CheckpointStore(self.run_dir / "checkpoints", self.comm, config.checkpoint.keep)
         state_bytes = self.optimizer.state_bytes()
         if config.checkpoint.final or config.checkpoint.every:
@@ -128,6 +130,7 @@ class Trainer:
 
         self.gradients.zero()
         self.balance.begin()
+        self.scales.begin()
         scale = self.loss_scale.value
         sums = self.pipeline.train(microbatches, tokens, ahead, scale)
         self.gradients.finish()
@@ -145,6 +148,7 @@ class Trainer:
         self.step, self.stopping = step, stop
         self._note_skip(finite, loss, grad_norm)
         self.loss_scale.update(finite)
+        self.scales.update()
         metrics = self._measured(loss, z_loss, grad_norm, not finite, time.perf_counter() - started, data_s)
         further = [total / count for total, count in zip(ahead_sums, ahead, strict=True)]
         mtp_loss = sum(further) / len(further) if further else None

@@ -28,6 +28,7 @@ from megalite.pipeline.runtime import Pipeline
 from megalite.precision import PRESETS
 from megalite.train import build
 from megalite.train.balance import Balance
+from megalite.train.delayed_scales import DelayedScales
 from tests.ranks import joined_world, run_ranks
 from tests.thread_ranks import run_threads
 
@@ -158,6 +159,7 @@ class Task:
     bucket_mb: float = 0.002
     deterministic: str = "true"
     precision: str = "fp64"
+    fp8: str = "none"
     check: bool = False
     chunk_rows: int = 0
     """Rows of a chunk of the loss; 0: as many as the engine takes, which is all of so few."""
@@ -176,6 +178,7 @@ def configuration(layout: Layout, task: Task) -> Config:
     config.train.steps, config.train.seed, config.train.deterministic = task.steps, 3, task.deterministic
     config.recompute.mode, config.recompute.layers = task.recompute, task.recompute_layers
     config.recompute.offload, config.precision.name = task.offload, task.precision
+    config.precision.fp8 = task.fp8
     return config
 
 
@@ -225,7 +228,7 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
     gradients = build.make_gradients(config, comm, stages, precision)
     pipeline = Pipeline(stages, schedule, comm, gradients, config.train.z_loss)
     optimizer = Optimizer(stages, gradients, config.optim, task.steps, precision, config.train.seed)
-    balance = Balance(stages, comm, config.model)
+    balance, scales = Balance(stages, comm, config.model), DelayedScales(stages, comm)
     initial = parts(stages, local)
     losses, norms, loads, first = [], [], [], {}
     for step in range(1, task.steps + 1):
@@ -234,6 +237,7 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
         valid = float((batch.targets >= 0).sum())
         gradients.zero()
         balance.begin()
+        scales.begin()
         ahead = further_targets(batch, config.model.mtp)
         sums = pipeline.train(microbatches(batch, comm.mesh, task.micro), valid, ahead)
         gradients.finish()
@@ -245,6 +249,7 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
             gradients.scale(config.optim.clip / norm)
         optimizer.step(step)
         balance.update(routed)
+        scales.update()
         comm.record = None
         total = sums.sum(0) * (comm.mesh.index("tp") == 0)
         comm.all_reduce(total, "pp", "dp", "cp", "tp")

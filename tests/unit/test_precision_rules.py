@@ -10,6 +10,7 @@ from megalite.config.validate import violations
 from tests.unit.test_config_rules import changed
 
 FP16, PURE, BF16 = ({"precision__name": name} for name in ("fp16", "bf16_pure", "bf16"))
+DELAYED = {"precision__fp8": "delayed"}
 SCALE = "precision__loss_scale"
 CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
     ({**FP16, SCALE: 1000.0}, ["precision.loss_scale=1000", "nearest: 1024"], [{SCALE: 1024.0}]),
@@ -17,6 +18,20 @@ CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
     ({"precision__loss_scale_window": 5}, ["precision.loss_scale_window=5: has no effect"], [FP16]),
     ({**PURE, "optim__name": "muon"}, ["optim.name=muon"], [{"optim__name": "adamw"}, BF16]),
     ({**PURE, "parallel__zero": 3}, ["parallel.zero=3: not built"], [{"parallel__zero": 2}, BF16]),
+    ({"precision__fp8_history": 4}, ["precision.fp8_history=4: has no effect"], [DELAYED]),
+    ({"precision__fp8_backward": "e4m3"}, ["precision.fp8_backward=e4m3: has no effect"], [DELAYED]),
+    ({"precision__fp8_skip_last": 1}, ["precision.fp8_skip_last=1: has no effect"], [DELAYED]),
+    (
+        {**DELAYED, "precision__fp8_skip_first": 7, "precision__fp8_skip_last": 1},
+        ["precision.fp8=delayed", "leave none of 8 layers", "at most 7"],
+        [{"precision__fp8_skip_last": 0}],
+    ),
+    ({**DELAYED, "train__compile": True}, ["train.compile=true: not built"], [{"train__compile": False}]),
+    (
+        {**DELAYED, "parallel__engine": "deepspeed", "parallel__zero": 1},
+        ["precision.fp8=delayed: parallel.engine=deepspeed has none"],
+        [{"precision__fp8": "none"}, {"parallel__engine": "megalite"}],
+    ),
     (
         {**FP16, "parallel__engine": "deepspeed", "parallel__zero": 1},
         ["precision=fp16: parallel.engine=deepspeed has none"],

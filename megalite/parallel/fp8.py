@@ -1,0 +1,161 @@
+"""Linear layers multiplied in FP8: what each recipe quantises in blocks of what shape, and which ranks agree on scales.
+
+All three products of a layer (y = x wᵀ, dx = dy w, dw = dyᵀ x) take quantised factors and add up in float32 (in float64
+for a float64 model, so that layouts can be compared). Where the hardware has no FP8 product, the same numbers come from
+factors widened again. Dimensions: M tokens of a microbatch, N outputs, K inputs; a factor is [rows, columns] and its
+columns are what the product sums over.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from megalite_kernels.fp8 import fp8_amax, fp8_scale, quantize_fp8, scaled_mm
+from torch import Tensor, nn
+
+from megalite.comm import Communicator
+from megalite.parallel.deferred import DeferredWeights
+
+Kind = Literal["input", "weight", "gradient"]
+KINDS: tuple[Kind, ...] = ("input", "weight", "gradient")
+FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+BLOCKS = {
+    "delayed": ("tensorwise", "tensorwise", "tensorwise"),
+    "tensorwise": ("tensorwise", "tensorwise", "tensorwise"),
+    "rowwise": ("rowwise", "rowwise", "rowwise"),
+    "blockwise": ("blockwise_1x128", "blockwise_128x128", "blockwise_1x128"),  # DeepSeek-V3, arXiv:2412.19437
+    "mxfp8": ("mxfp8", "mxfp8", "mxfp8"),
+}
+"""Recipe -> what shares a scale in inputs, weights and gradients, as `megalite_kernels.fp8` names it."""
+USUAL_BACKWARD = {"delayed": "e5m2", "tensorwise": "e5m2", "rowwise": "e4m3", "blockwise": "e4m3", "mxfp8": "e4m3"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`backward`: the format of gradients; inputs and weights are e4m3."""
+
+    name: str
+    backward: str
+
+    def blocks(self, kind: Kind) -> str:
+        return BLOCKS[self.name][KINDS.index(kind)]
+
+    def dtype(self, kind: Kind) -> torch.dtype:
+        return FORMATS[self.backward if kind == "gradient" else "e4m3"]
+
+
+class Factor(NamedTuple):
+    """[rows, columns] in FP8; `blocks`: what shares a scale, as `megalite_kernels.fp8` names it."""
+
+    codes: Tensor
+    scales: Tensor
+    blocks: str
+
+
+class History:
+    """Delayed scaling (arXiv:2209.05433): a tensor's scale follows from the largest values of the last steps, so that
+    nothing is read or agreed on before a product. `values` [kinds, steps], the newest first, the same on all ranks.
+
+    `begin` reads it once a step; a kind without any history, as in the first step, is scaled by its current values.
+    """
+
+    def __init__(self) -> None:
+        self.values: nn.Parameter | None = None  # the module's, which the engine makes and moves
+        self.amax: list[Tensor | None] = [None] * len(KINDS)
+        self.seen: Tensor | None = None
+
+    def begin(self) -> None:
+        assert self.values is not None
+        amax = self.values.detach().amax(1).float()
+        known = (amax > 0).tolist()
+        self.amax = [amax[i].view(1, 1) if known[i] else None for i in range(len(KINDS))]
+        self.seen = torch.zeros_like(amax)
+
+    def note(self, kind: Kind, amax: Tensor) -> None:
+        if self.seen is not None:
+            place = KINDS.index(kind)
+            self.seen[place] = torch.maximum(self.seen[place], amax.nan_to_num(torch.inf, torch.inf).max())
+
+    def extend(self, seen: Tensor) -> None:
+        """Put what a step saw, over all ranks, in front; a kind that saw inf or NaN keeps what it had."""
+        assert self.values is not None
+        values = self.values.detach()
+        moved = torch.cat((seen[:, None].to(values.dtype), values[:, :-1]), dim=1)
+        values.copy_(torch.where(seen.isfinite()[:, None], moved, values))
+
+
+class Fp8:
+    """How one linear multiplies. `split`, `sp`: as of `Linear` and the residual stream; they say which ranks hold parts
+    of the same tensor. Where a scale spans more than one rank's part they agree on its amax, so scales are those of one
+    process. Blocks of a fixed size are never shared: they start anew with every rank's part.
+    """
+
+    def __init__(self, recipe: Recipe, comm: Communicator, split: str | None, sp: bool) -> None:
+        self.recipe, self.comm = recipe, comm
+        self.history = History() if recipe.name == "delayed" else None
+        tokens = ("cp", "tp") if split is None and sp else ("cp",)
+        over = {"M": tokens, "N": ("tp",) * (split == "outputs"), "K": ("tp",) * (split == "inputs")}
+        self.over = {dim: [axis for axis in axes if comm.mesh.size(axis) > 1] for dim, axes in over.items()}
+
+    def linear(
+        self, x: Tensor, weight_NK: nn.Parameter, bias_N: Tensor | None, deferred: DeferredWeights | None
+    ) -> Tensor:
+        """x[..., K] · weightᵀ + bias, in x's dtype. Communicates where scales are agreed on, also going back."""
+        y: Tensor = _Product.apply(x, weight_NK, self, deferred)
+        return y if bias_N is None else y + bias_N
+
+    def product(self, a: Factor, b: Factor, dtype: torch.dtype) -> Tensor:
+        """a · bᵀ."""
+        return scaled_mm(a.codes, a.scales, b.codes, b.scales, recipe_a=a.blocks, recipe_b=b.blocks, out_dtype=dtype)
+
+    def quantized(self, kind: Kind, values: Tensor, dims: str) -> Factor:
+        """A factor [rows, columns] of a product; its `dims` are two of M, N and K."""
+        blocks, dtype, values = self.recipe.blocks(kind), self.recipe.dtype(kind), values.contiguous()
+        axes: Sequence[str] = ()
+        if blocks == "tensorwise":
+            axes = self.over[dims[0]] + self.over[dims[1]]
+        elif blocks == "rowwise":
+            axes = self.over[dims[1]]
+        if self.history is None and not axes:
+            codes, scales = quantize_fp8(values, recipe=blocks, dtype=dtype)
+            return Factor(codes, scales, blocks)
+        amax = fp8_amax(values, recipe=blocks)
+        known = None
+        if self.history is not None:
+            self.history.note(kind, amax)
+            known = self.history.amax[KINDS.index(kind)]
+        if known is None:
+            amax = amax.nan_to_num(torch.inf, torch.inf)  # a library's max may lose a NaN
+            for axis in axes:
+                self.comm.all_reduce(amax, axis, op="max")
+            known = amax
+        codes, scales = quantize_fp8(values, recipe=blocks, dtype=dtype, scale=fp8_scale(known, dtype=dtype))
+        return Factor(codes, scales, blocks)
+
+    def weight_gradient(self, x: Tensor, grad_y: Tensor, dtype: torch.dtype) -> Tensor:
+        """[N, K] from the input [..., K] and the output's gradient [..., N]; both are quantised along the tokens."""
+        gradient = self.quantized("gradient", grad_y.flatten(0, -2).t(), "NM")
+        return self.product(gradient, self.quantized("input", x.flatten(0, -2).t(), "KM"), dtype)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, fp8: Fp8, deferred: DeferredWeights | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.fp8, ctx.deferred, ctx.weight = fp8, deferred, None if deferred is None else weight
+        factors = fp8.quantized("input", x.flatten(0, -2), "MK"), fp8.quantized("weight", weight.detach(), "NK")
+        return fp8.product(*factors, x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), fp8, deferred = ctx.saved_tensors, ctx.fp8, ctx.deferred
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            gradient = fp8.quantized("gradient", grad_y.flatten(0, -2), "MN")
+            grad_x = fp8.product(gradient, fp8.quantized("weight", weight.t(), "KN"), x.dtype).view_as(x)
+        if deferred is not None and deferred.waiting is not None:
+            deferred.keep(ctx.weight, x, grad_y, fp8.weight_gradient)
+        else:
+            grad_weight = fp8.weight_gradient(x, grad_y, weight.dtype)
+        return grad_x, grad_weight, None, None

@@ -1,0 +1,50 @@
+"""What the header says of FP8: which modules multiply in it and which do not, with which scales, by which kernel."""
+
+import torch
+from megalite_kernels.explain import decision
+
+from megalite.config.schema import Config
+from megalite.model.parallelize import fp8_layers, fp8_recipe
+from megalite.model.size import moe_layers
+from megalite.precision import SHORT, Precision
+
+SCALES = {
+    "delayed": "a scale a tensor, from the largest values of the last {steps} steps",
+    "tensorwise": "a scale a tensor, from its own values",
+    "rowwise": "a scale a row of each factor",
+    "blockwise": "a scale for 1x128 of inputs and gradients, 128x128 of weights",
+    "mxfp8": "a power of two for each 32 that a product adds up",
+}
+SIZES = {"blockwise": 128, "mxfp8": 32}
+
+
+def fp8_lines(config: Config, precision: Precision, device: torch.device) -> list[str]:
+    """Modules in FP8 and their scales; those that are not; how products are made. Nothing without FP8."""
+    recipe = fp8_recipe(config)
+    if recipe is None:
+        return []
+    layers, compute = config.model.layers, SHORT[precision.compute]
+    chosen = fp8_layers(config)
+    kept = [_layers(part) for part in (range(chosen.start), range(chosen.stop, layers)) if part]
+    others = ["embedding", "norms", "attention's products of activations", "head"]
+    if config.model.mtp:
+        others.append("multi-token modules")
+    if moe_layers(config.model):
+        others.append("experts")
+    scales = SCALES[recipe.name].format(steps=config.precision.fp8_history)
+    lines = [
+        f"fp8 {recipe.name}: linears of {_layers(chosen)}; e4m3, gradients {recipe.backward}; {scales}",
+        f"{compute}: {', '.join([*kept, *others])}"
+        + (f"; {config.model.moe.router_dtype} or wider: router" if moe_layers(config.model) else ""),
+    ]
+    size = SIZES.get(recipe.name)
+    if size and config.parallel.tp * config.parallel.cp > 1:
+        lines.append(f"blocks of {size} start anew with each rank's part of a tensor, as tp and cp cut it")
+    recipes = recipe.blocks("input"), recipe.blocks("weight")
+    made = decision("scaled_mm", device.type, precision.compute, recipes=recipes, aligned=True)
+    emulated = ": exact emulation, quantised, widened and summed in float32" if made.backend == "reference" else ""
+    return [*lines, f"fp8 products: {made}{emulated}"]
+
+
+def _layers(chosen: range) -> str:
+    return f"layer {chosen[0]}" if len(chosen) == 1 else f"layers {chosen[0]} to {chosen[-1]}"

@@ -1,0 +1,60 @@
+"""FP8 on layouts: where ranks agree on a scale, quantised numbers are those of one process, and so is all that follows.
+
+In float64, where a factor that one rank scaled otherwise would show at 1e-2, and the order of sums at 1e-15.
+"""
+
+import numpy as np
+import pytest
+
+from megalite.parallel.fp8 import Fp8
+from tests.parity.layouts import Layout, Task, alone, errors, trained, wrong
+
+AGREED = [
+    ("tensorwise", "untied", Layout(tp=2, sp=True)),
+    ("tensorwise", "deepseek", Layout(tp=2, cp=2, ep=2)),
+    ("rowwise", "gpt2", Layout(tp=2)),
+    ("rowwise", "mla", Layout(tp=2, sp=True)),
+    ("rowwise", "untied", Layout(cp=2, cp_kind="ulysses")),
+    ("delayed", "untied", Layout(dp=2, pp=2, schedule="zb_h1")),
+    ("delayed", "deepseek-v3", Layout(tp=2, cp=2, ep=2, etp=2)),
+    # Blocks lie inside what a rank has as they lie in the whole: these axes cut no tensor of a linear.
+    ("blockwise", "untied", Layout(dp=4, zero=2)),
+    ("mxfp8", "untied", Layout(dp=2, pp=2, chunks=2, schedule="interleaved")),
+]
+
+
+@pytest.mark.parametrize(("fp8", "model", "layout"), AGREED, ids=lambda of: str(of).replace(" ", ","))
+def test_layouts_are_one_process(fp8: str, model: str, layout: Layout) -> None:
+    task = Task(model, steps=3, fp8=fp8)
+    assert wrong(trained(layout, task, threads=True), alone(layout, task)) == []
+
+
+@pytest.mark.parametrize("fp8", ["tensorwise", "delayed"])
+def test_gathered_weights_too(fp8: str) -> None:
+    layout, task = Layout(dp=2, tp=2, zero=3), Task("untied", steps=3, fp8=fp8)
+    assert wrong(trained(layout, task), alone(layout, task)) == []
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(cp=2)], ids=str)
+def test_blocks_that_are_cut_otherwise_err_as_much_as_the_recipe(layout: Layout) -> None:
+    """A rank's part of 8 columns is a block of its own; together they were one of 16. Both are as far from the exact
+    step as FP8 is."""
+    task = Task("untied", steps=1, fp8="mxfp8")
+    one, exact = alone(layout, task), alone(layout, Task("untied", steps=1))
+    off = errors(trained(layout, task, threads=True), one)
+    recipe = errors([one], exact)
+    assert 0 < off["gradients"] < 2 * recipe["gradients"] < 0.5 and off["losses"] < 2 * recipe["losses"] < 0.02
+
+
+def test_ranks_that_do_not_agree_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, task = Layout(tp=2, sp=True), Task("untied", steps=1, fp8="tensorwise")
+    expected = alone(layout, task)
+    made = Fp8.__init__
+
+    def apart(self: Fp8, *arguments: object) -> None:
+        made(self, *arguments)  # type: ignore[arg-type]
+        self.over = {dim: [] for dim in "MNK"}
+
+    monkeypatch.setattr(Fp8, "__init__", apart)
+    found = errors(trained(layout, task, threads=True), expected)
+    assert found["gradients"] > 1e-4 and np.isfinite(found["losses"])
