@@ -8,6 +8,7 @@ from megalite.config.schema import PrecisionConfig
 
 RULES = Rules()
 LARGEST_LOSS_SCALE = 2.0**32
+"""So that float32 holds the sum of squares of what is scaled."""
 
 
 @RULES.reads(

@@ -5,12 +5,11 @@ number. A state machine of plain numbers; whoever asks it knows already what all
 from dataclasses import dataclass
 from typing import Any
 
+from megalite.config.precision import LARGEST_LOSS_SCALE
 from megalite.config.schema import PrecisionConfig
 
 GROWTH = 2.0
 """A power of two: scaling and unscaling then round nothing."""
-LARGEST = 2.0**32
-"""Where growth ends, so that float32 holds the sum of squares of what is scaled."""
 
 
 @dataclass
@@ -56,7 +55,7 @@ class LossScale:
         self.finite += 1
         if self.finite == self.window:
             self.finite, self.tolerated = 0, self.hysteresis
-            self.value = min(LARGEST, self.value * GROWTH)
+            self.value = min(LARGEST_LOSS_SCALE, self.value * GROWTH)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; the limits are the configuration's."""

@@ -2,17 +2,21 @@
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megalite import Trainer, load_config
 from megalite.optim.stochastic import logical_index, random_bits, round_stochastically
 from megalite.parallel.buckets import Slot
 from megalite.parallel.data import Piece
 from megalite.parallel.parameter import Declaration, Placement
 from megalite.precision import PRESETS
+from megalite.train.memory import predict
 from tests.parity.layouts import Layout, Task, joined, trained
+from tests.tiny_job import tiny_job
 
 STEP = 2.0**-7
 """Between bfloat16 numbers from 1 to 2."""
@@ -98,6 +102,27 @@ def test_no_bit_depends_on_how_data_is_spread(layout: Layout) -> None:
     rounded = trained(Layout(), replace(PURE, precision="bf16"), threads=True)
     off = [np.abs(w - expected[n]).max() / np.abs(w).max() for n, w in joined(rounded, "weights").items()]
     assert 0 < max(off) < 0.05, "near the weights that have float32 behind them, and not those"
+
+
+BYTES = {"fp64": 32, "fp32": 16, "bf16": 18, "fp16": 18, "bf16_pure": 10}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_bytes_of_a_parameter(name: str, tmp_path: Path) -> None:
+    """As docs/precision.md says, as predicted, and as kept."""
+    job = tiny_job(f"precision.name={name}", f"run.dir={tmp_path}", "model.hidden=64", "train.dry_run=false")
+    trainer = Trainer(load_config(*job, "optim.name=adamw"), callbacks=[])
+    weights = [parameter for stage in trainer.stages for parameter in stage.parameters()]
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in weights}
+    for key, held in trainer.optimizer.state_tensors().items():
+        for _, t in held.parts:
+            if not key.endswith(".step"):
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    bytes_kept = sum(kept.values()) + trainer.gradients.kept_bytes()
+    elements = sum(parameter.numel() for parameter in weights)
+    memory = predict(trainer.config, trainer.vocab, PRESETS[name])
+    assert memory.weights + memory.gradients + memory.optimizer == BYTES[name] * elements
+    assert bytes_kept == pytest.approx(BYTES[name] * elements, rel=0.01)
 
 
 def test_presets_say_what_they_keep() -> None:
