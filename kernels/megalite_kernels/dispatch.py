@@ -235,7 +235,10 @@ CPU = Backend("cpu", _no_cpu)
 """PyTorch by index, and loops over experts."""
 MOE_ROUTE = (Backend("triton", _no_triton_route, interpreted), Backend("cpu", _no_cpu_route), REFERENCE)
 MOE_ROWS = (TRITON, CPU, REFERENCE)
-GROUPED_GEMM = (Backend("grouped_mm", _no_grouped_mm, _no_gain), TRITON, CPU, REFERENCE)
+GROUPED_GEMM = (
+    Backend("grouped_mm", _no_grouped_mm, _no_gain), TRITON, CPU, REFERENCE, Backend("batched", never),
+)  # fmt: skip
+"""`batched`: one product over all experts, filled up to the largest; asked for by name alone."""
 
 
 def _no_c_loss(request: Request, machine: Machine) -> str | None:

@@ -151,6 +151,8 @@ def grouped_gemm(
     chosen = choose("grouped_gemm", backend, x_MD.device.type, x_MD.dtype, features)
     if chosen == "reference":
         return reference.grouped_gemm(x_MD, w_EDF, offsets, bias_EF)
+    if chosen == "batched":
+        return reference.grouped_gemm_batched(x_MD, w_EDF, offsets, bias_EF)
     if chosen == "grouped_mm":
         into: Tensor = _GroupedMM.apply(x_MD, w_EDF, offsets)
         return into

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from megalite.config.rules import Job, Rules, divisors, divisors_near, nearest_numbers
+from megalite.config.schema import MoEConfig
 
 RULES = Rules()
 CHOICE = ("model.moe.experts", "model.moe.top_k", "model.moe.groups", "model.moe.top_groups", "model.moe.router")
@@ -64,7 +65,7 @@ def router_can_choose(job: Job) -> Iterator[str]:
 @RULES.reads(
     "model.moe.experts", "model.moe.router", "model.moe.bias_rate", "model.moe.aux_loss", "model.moe.jitter",
     "model.moe.dense_layers", "model.layers", "model.moe.shared_gate", "model.moe.shared_ffn", "model.moe.capacity",
-    "model.moe.pad", "model.moe.top_k", "model.moe.normalize", "log.sample",
+    "model.moe.pad", "model.moe.top_k", "model.moe.normalize", "model.moe.drop", "model.moe.aux_scope", "log.sample",
 )  # fmt: skip
 def expert_options_fit(job: Job) -> Iterator[str]:
     moe, layers = job.config.model.moe, job.config.model.layers
@@ -78,6 +79,12 @@ def expert_options_fit(job: Job) -> Iterator[str]:
         yield "model.moe.capacity=0.0: no expert would take a token; null takes all, usual are 1.0 to 2.0"
     if moe.pad and moe.capacity is None:
         yield "model.moe.pad=true: fills experts up to model.moe.capacity, which is null; set it, or false"
+    if moe.drop != MoEConfig.drop and moe.capacity is None:
+        yield f"model.moe.drop={moe.drop}: nothing is dropped without model.moe.capacity; set it, or leave this out"
+    if moe.aux_scope != MoEConfig.aux_scope and not moe.aux_loss:
+        yield f"model.moe.aux_scope={moe.aux_scope}: has no effect with model.moe.aux_loss=0; set that, or leave it out"
+    if not moe.normalize and moe.router == "expert_choice":
+        yield "model.moe.normalize=false: router=expert_choice never divides scores by their sum; leave it out"
     if moe.jitter >= 1:
         yield f"model.moe.jitter={moe.jitter}: factors in 1 - jitter to 1 + jitter; below 1, such as 0.01"
     if moe.bias_rate is not None and moe.router not in ("softmax", "sigmoid"):

@@ -154,6 +154,19 @@ def test_gradients_of_rows_and_products() -> None:
     assert gradcheck(lambda y, w, b: reference.grouped_gemm(y, w, offsets, b), (rows, w, bias))
 
 
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 9], [0, 0, 0, 0], [2, 2, 2, 2]])
+def test_one_batched_product_is_the_loop(counts: list[int]) -> None:
+    """Two ways to write the same products: values and all three gradients."""
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    leaves = [random(*shape, seed=seed).requires_grad_() for seed, shape in enumerate([(10, 6), (4, 6, 5), (4, 5)])]
+    found = []
+    for backend in ("batched", "reference"):
+        y = grouped_gemm(leaves[0], leaves[1], offsets, leaves[2], backend=backend)
+        found.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for batched, looped in zip(*found, strict=True):
+        torch.testing.assert_close(batched, looped, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_rows_without_a_token_have_gradients_of_zero(backend: str) -> None:
     """A rank of experts may have room for rows and get none."""

@@ -5,6 +5,7 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from megalite.comm import Call, Communicator
 from megalite.mesh import Mesh
 from megalite.model.router import Router
+from megalite.parallel import collectives
 from megalite.parallel.experts import DISPATCHERS, make_dispatcher
 from megalite.world import join, world_from_environment
 from tests.parity.layouts import (
@@ -93,6 +95,19 @@ def test_recompute_and_buckets_change_nothing() -> None:
             mine, theirs = joined(first, kind), joined(ranks, kind)
             assert all(np.array_equal(mine[name], theirs[name]) for name in mine), other
         assert all(np.array_equal(a, b) for a, b in zip(first[0]["loads"], ranks[0]["loads"], strict=True)), other
+
+
+def test_tokens_are_waited_for() -> None:
+    """Beside the shared expert's products tokens are still on their way: threads show nothing of them before a wait."""
+    layout, task = Layout(dp=2, ep=2), Task("deepseek", steps=1)
+    assert not wrong(trained(layout, task, threads=True), alone(layout, task))
+
+    def unwaited(ctx: Any, got: Tensor, comm: Communicator, axes: Any, send: Any, receive: Any, flight: Any) -> Tensor:
+        ctx.comm, ctx.axes, ctx.send, ctx.receive, ctx.flight = comm, axes, send, receive, flight
+        return got.zero_()  # not what lay in memory, which may be the last step's
+
+    with patch.object(collectives._End, "forward", staticmethod(unwaited)):
+        assert wrong(trained(layout, task, threads=True), alone(layout, task))
 
 
 # What has been silently wrong elsewhere.

@@ -44,6 +44,13 @@ CASES: list[tuple[dict[str, Any], int | None, list[str]]] = [
     ),
     (EIGHT | {"model__moe__capacity": 0.0}, None, ["model.moe.capacity=0.0", "null takes all"]),
     (EIGHT | {"model__moe__pad": True}, None, ["model.moe.pad=true", "model.moe.capacity"]),
+    (EIGHT | {"model__moe__drop": "position"}, None, ["model.moe.drop=position", "model.moe.capacity"]),
+    (EIGHT | {"model__moe__aux_scope": "global"}, None, ["model.moe.aux_scope=global", "model.moe.aux_loss"]),
+    (
+        EIGHT | {"model__moe__router": "expert_choice", "model__moe__normalize": False},
+        None,
+        ["model.moe.normalize=false", "leave it out"],
+    ),
     (EIGHT | {"model__moe__jitter": 1.0}, None, ["model.moe.jitter=1.0", "below 1"]),
     (EIGHT | {"model__moe__router": "sinkhorn", "model__moe__bias_rate": 0.1}, None, ["model.moe.bias_rate=0.1"]),
     (EIGHT | {"model__moe__router": "expert_choice", "model__moe__aux_loss": 0.1}, None, ["model.moe.aux_loss=0.1"]),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.stored_model import empty_model
-from megalite.config.schema import MLAConfig, ModelConfig, RecomputeConfig, RopeConfig
+from megalite.config.schema import MLAConfig, ModelConfig, MoEConfig, RecomputeConfig, RopeConfig
 from megalite.model.cache import KVCache
 from megalite.model.parallelize import apply_compile, apply_recompute
 from megalite.model.transformer import Transformer, document_positions
@@ -46,6 +46,7 @@ SINKS = dataclasses.replace(SMALL, window=5, window_pattern=2, attention_sinks=T
 MLA = dataclasses.replace(
     SMALL, kv_heads=None, head_dim=6, mla=MLAConfig(kv_rank=12, q_rank=20, rope_dim=4, value_dim=9)
 )
+EXPERTS = dataclasses.replace(SMALL, moe=MoEConfig(experts=4, ffn=16, shared_ffn=8, aux_loss=0.1, bias_rate=0.1))
 CONFIGS = {"llama": SMALL, "gpt2": GPT2, "gemma": GEMMA, "other": OTHER, "sinks": SINKS, "mla": MLA}
 
 
@@ -222,8 +223,9 @@ def test_learned_positions_end() -> None:
 
 
 @pytest.mark.slow
-def test_compile_computes_the_same() -> None:
-    model = build(SMALL)
+@pytest.mark.parametrize("config", [SMALL, EXPERTS])
+def test_compile_computes_the_same(config: ModelConfig) -> None:
+    model = build(config)
     kept = gradients(model)
     apply_compile(model)
     compiled: dict[str, Any] = gradients(model)

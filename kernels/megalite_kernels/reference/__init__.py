@@ -7,7 +7,7 @@ implementation in this package is tested against these functions in float64.
 from megalite_kernels.reference.attention import attention, visible
 from megalite_kernels.reference.fp8 import dequantize_fp8, fp8_amax, fp8_scale, quantize_fp8, scaled_mm
 from megalite_kernels.reference.loss import IGNORE_INDEX, linear_cross_entropy
-from megalite_kernels.reference.moe import grouped_gemm, moe_permute, moe_route, moe_unpermute
+from megalite_kernels.reference.moe import grouped_gemm, grouped_gemm_batched, moe_permute, moe_route, moe_unpermute
 from megalite_kernels.reference.optim import adamw_step, gradient_norm, newton_schulz
 from megalite_kernels.reference.rows import (
     apply_rope,
@@ -39,6 +39,7 @@ __all__ = [
     "gelu_tanh",
     "gradient_norm",
     "grouped_gemm",
+    "grouped_gemm_batched",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

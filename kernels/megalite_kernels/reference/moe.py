@@ -127,3 +127,16 @@ def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor |
         parts = [part + widen(bias) for part, bias in zip(parts, bias_EF, strict=True)]
     rest = x_MD.new_zeros(len(x_MD) - ends[-1], w_EDF.shape[2], dtype=accumulation_dtype(x_MD.dtype))
     return torch.cat((*parts, rest)).to(x_MD.dtype)
+
+
+def grouped_gemm_batched(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None = None) -> Tensor:
+    """`grouped_gemm` as one batched product, every expert's rows filled up with zeros to those of the largest."""
+    counts, ends = offsets.diff(), offsets.tolist()
+    expert = torch.arange(len(w_EDF), device=x_MD.device).repeat_interleave(counts, output_size=ends[-1])
+    row = torch.arange(ends[-1], device=x_MD.device) - offsets[expert]
+    filled = widen(x_MD).new_zeros(len(w_EDF), int(counts.max()), x_MD.shape[1])
+    y = filled.index_put((expert, row), widen(x_MD[: ends[-1]])) @ widen(w_EDF)
+    if bias_EF is not None:
+        y = y + widen(bias_EF)[:, None]
+    rest = y.new_zeros(len(x_MD) - ends[-1], w_EDF.shape[2])
+    return torch.cat((y[expert, row], rest)).to(x_MD.dtype)
