@@ -145,8 +145,7 @@ def layers_of_stages(
     if config.parallel.layers != "auto":
         counts = Job(config, comm.mesh.world_size).stage_layers
         return split_layers(config.model.layers, stages, counts=counts)
-    embedding, layer, head = comm.on_rank_zero(lambda: list(measured_costs(config, vocab, precision, device)))
-    costs = [layer] * config.model.layers
+    embedding, costs, head = comm.on_rank_zero(lambda: list(measured_costs(config, vocab, precision, device)))
     return split_layers(config.model.layers, stages, costs=costs, embedding=embedding, head=head)
 
 
