@@ -24,7 +24,7 @@ from megalite.config import schema
 from megalite.config.options import HelpRequested, parse_options
 
 DEFAULT = (
-    "megalite,megalite:compile,transformers,transformers:amp,transformers:compile,transformers:compile+tuned,"
+    "megalite,megalite:compile,megalite:pure,transformers,transformers:amp,transformers:compile,transformers:compile+tuned,"
     "transformers:tuned,fabric,olmo_core,deepspeed"
 )
 
