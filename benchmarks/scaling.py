@@ -1,14 +1,15 @@
-"""Two ranks against one, for every parallelism, beside PyTorch's own of the same kind in the same run.
+"""Two ranks against one, for every parallelism, beside PyTorch's own and Megatron-Core's of the same kind in one run.
 
-    python benchmarks/scaling.py [rows=dp,tp,…] [rounds=3] [steps=1] [precision=fp32] [json=FILE]
+    python benchmarks/scaling.py [rows=dp,tp,…] [rounds=3] [precision=fp32] [python=megatron=/venv/bin/python]
 
 An 18.9M-parameter Llama (configs/model/s19.yaml), 4,096 tokens a step over two processes of one thread: under data
 parallelism 4 sequences of 512 a rank; under tensor and context parallelism all 8 in one microbatch; in pipelines 8
 microbatches of one. Forward, backward, clip, AdamW. The engines of a row and our one process (2,048 tokens a step) take
 turns, so a slow minute of the machine hits all of them. Printed: tokens/s (median and range over the rounds); the
-speed-up over our one process; ours over PyTorch's of the same round; CPU milliseconds a token; peak memory of all
-ranks; and the loss of the first step: over two ranks one number for all of ours, and another for all of PyTorch's,
-whose initial weights differ from ours. PyTorch's ring attention has no CPU kernels, so the row cp has no peer here.
+speed-up over our one process; ours over PyTorch's and over Megatron-Core's of the same round; CPU milliseconds a token;
+peak memory of all ranks; and the loss of the first step: over two ranks one number for all of ours, and others for
+those whose initial weights differ from ours. PyTorch's ring attention has no CPU kernels, so the row cp has no peer
+here; Megatron-Core (peers/megatron.py) has rows where it runs without a GPU and without Transformer Engine.
 """
 
 import json
@@ -26,18 +27,18 @@ from megalite.errors import UserError
 
 ONE = "megalite"
 ROWS: dict[str, tuple[str, ...]] = {
-    "dp": ("megalite:dp", "torch:ddp"),
-    "zero1": ("megalite:zero1", "torch:zero1"),
+    "dp": ("megalite:dp", "torch:ddp", "megatron:dp"),
+    "zero1": ("megalite:zero1", "torch:zero1", "megatron:zero1"),
     "zero2": ("megalite:zero2", "torch:fsdp2:kept"),
     "zero3": ("megalite:zero3", "torch:fsdp2"),
-    "tp": ("megalite:tp", "torch:tp"),
+    "tp": ("megalite:tp", "torch:tp", "megatron:tp"),
     "tp+sp": ("megalite:tp+sp", "megalite:tp+sp+overlap", "torch:tp+sp"),
-    "pp_1f1b": ("megalite:1f1b", "megalite:zb_h1", "torch:1f1b"),
-    "pp_interleaved": ("megalite:interleaved", "torch:interleaved"),
+    "pp_1f1b": ("megalite:1f1b", "megalite:zb_h1", "torch:1f1b", "megatron:1f1b"),
+    "pp_interleaved": ("megalite:interleaved", "torch:interleaved", "megatron:interleaved"),
     "pp_zbv": ("megalite:zbv", "torch:zbv"),
     "cp": ("megalite:ring", "megalite:ulysses"),
 }
-"""The engines of each row; the last one is PyTorch's, where there is one."""
+PEERS = ("torch", "megatron")
 
 
 @dataclass(kw_only=True)
@@ -49,24 +50,31 @@ class Options:
     precision: str = schema.key("fp32", "Precision.", choices=("fp32", "bf16"))
     model: str = schema.key("s19", "tiny: only to see that everything runs.", choices=tuple(SHAPES))
     limit: int = schema.key(300, "Seconds that a start or a turn may take.", minimum=1)
+    python: list[str] = schema.key([], "ENGINE=interpreter of the environment it is installed in.")
     json: str | None = schema.key(None, "File for the results.")
 
 
 def show(one: Result, row: list[Result]) -> None:
-    """Our one process, then the row's engines, each of ours beside PyTorch's."""
-    peer = row[-1] if row[-1].engine.startswith("torch") else None
+    """Our one process, then the row's engines, each of ours beside the peers."""
+    peers = {peer: next((r for r in row if r.engine.startswith(peer)), None) for peer in PEERS}
     for r in (one, *row):
         if r.failure or not r.tokens_per_s:
             print(f"{r.engine:24}{r.failure[:100] or 'no turn'}", flush=True)
             continue
-        speed, beside = r.tokens_per_s, r.ratios(peer) if peer and r not in (one, peer) else []
-        compared = f"{statistics.median(beside):10.2f} {min(beside):5.2f}-{max(beside):<5.2f}" if beside else " " * 22
+        speed, ours = r.tokens_per_s, r is not one and r.engine.startswith(ONE)
+        compared = "".join(
+            _beside(r.ratios(peer) if ours and peer and peer.tokens_per_s else []) for peer in peers.values()
+        )
         print(
             f"{r.engine:24}{statistics.median(speed):9.0f} {min(speed):6.0f}-{max(speed):<6.0f}"
             f" {statistics.median(r.ratios(one)):8.2f} {compared}"
             f" {1000 / statistics.median(r.tokens_per_cpu_s):10.2f} {r.memory_mb:7.0f} {r.loss:8.4f}",
             flush=True,
         )
+
+
+def _beside(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):12.2f} {min(ratios):5.2f}-{max(ratios):<5.2f}" if ratios else " " * 24
 
 
 def main() -> None:
@@ -77,13 +85,19 @@ def main() -> None:
         return
     except UserError as error:
         sys.exit("\n".join(error.lines))
-    heads = f"{'tokens/s':>9} {'range':>13} {'of one':>8} {'of torch':>10} {'range':>11}"
+    heads = f"{'tokens/s':>9} {'range':>13} {'of one':>8} " + "".join(
+        f"{'of ' + peer:>12} {'range':>11}" for peer in PEERS
+    )
     print(f"{options.model}, {options.precision}" + " " * 13 + heads + f" {'cpu-ms/tok':>10} {'MB':>7} {'loss':>8}")
+    interpreters = dict(word.split("=", 1) for word in options.python)
     every = []
     for name in options.rows:
         one = Result(ONE, options.precision, "1x1", options.model)
         row = [Result(engine, options.precision, "2x1", options.model) for engine in ROWS[name]]
-        race([Engine(result, options.limit) for result in (one, *row)], options.rounds, options.steps, options.warmup)
+        engines = [
+            Engine(r, options.limit, interpreters.get(r.engine.partition(":")[0], sys.executable)) for r in (one, *row)
+        ]
+        race(engines, options.rounds, options.steps, options.warmup)
         print(f"-- {name}")
         show(one, row)
         every += [{"row": name, **vars(result)} for result in (one, *row)]

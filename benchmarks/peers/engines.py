@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peers import torch_parallel
+from peers import megatron, torch_parallel
 from peers.job import ADAMW, MICRO_BATCH, Job, Step
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -228,5 +228,6 @@ ENGINES: dict[str, Callable[[Job], Step]] = {
     "fabric": fabric,
     "olmo_core": olmo_core,
     "deepspeed": deepspeed,
+    "megatron": megatron.build,
     "torch": torch_parallel.build,
 }

@@ -34,8 +34,8 @@ CASES = COVERING[len(FAULTY) :] + EIGHT
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_same_as_one_process(part: int) -> None:
-    for case in CASES[part::PARTS]:
-        found = errors(trained(*case), alone(*case))
+    for number, case in enumerate(CASES[part::PARTS]):  # every second one on threads: half the time
+        found = errors(trained(*case, threads=number % 2 == 1), alone(*case))
         assert all(found[kind] <= bound for kind, bound in BOUNDS.items()), f"{case}: {found}"
 
 

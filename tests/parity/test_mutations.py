@@ -38,7 +38,7 @@ def test_every_fault_is_caught() -> None:
 
 def test_nothing_is_wrong_without_a_fault() -> None:
     for case in dict.fromkeys((mutation.layout, mutation.task) for mutation in MUTATIONS.values()):
-        assert not wrong(trained(*case), alone(*case)), case
+        assert not wrong(trained(*case, threads=True), alone(*case)), case
 
 
 def test_there_are_enough_faults() -> None:
