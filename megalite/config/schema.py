@@ -262,6 +262,11 @@ class LogConfig:
 
 
 @dataclass
+class DebugConfig:
+    numerics: bool = key(False, "Count what is not finite in every module, forward and back, so that a skipped step names where it began (slow).")
+
+
+@dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -273,3 +278,4 @@ class Config:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from megalite.config import experts, layout, precision, stages
+from megalite.config import experts, layout, precision, stages, watch
 from megalite.config.rules import Job, Rules, around, divisors_near
 from megalite.config.schema import Config
 from megalite.config.tree import leaves, nearest, value_at
@@ -33,7 +33,7 @@ def violations(config: Config, world_size: int | None = None, trains: bool = Tru
         *bad.values(),
         *(
             line
-            for keys, rule in [*layout.RULES, *experts.RULES, *stages.RULES, *precision.RULES, *RULES]
+            for keys, rule in [*layout.RULES, *experts.RULES, *stages.RULES, *precision.RULES, *watch.RULES, *RULES]
             if not bad.keys() & set(keys)
             for line in rule(job)
         ),

@@ -286,30 +286,32 @@ class Gradients:
     def global_norm(self) -> torch.Tensor:
         """L2 norm over every logical gradient element of the whole world, each once; a float64 scalar.
 
-        Norms of whole parameters where one replica has them (then buckets change no bit), else of their pieces.
+        Norms of whole parameters where one replica has them (then buckets change no bit), else of their pieces. Not
+        finite where any copy is not: a rank whose copy alone is broken must not go on with it.
         """
         norms: dict[Slot, torch.Tensor] = {}
         for buffer in self._buffers:
             slots, values = self._measured(buffer)
             norms.update(zip(slots, torch._foreach_norm(values) if values else (), strict=True))
         squares = torch.zeros((), dtype=torch.float64, device=self._buffers[0].shard.device)
-        if norms:
-            in_order = [norms[slot] for slot in self.slots if slot in norms]
-            squares += torch.stack(in_order).double().square().sum()
+        for counted in (True, False):
+            in_order = [norms[slot] for slot in self.slots if slot in norms and slot.placed.counted == counted]
+            if in_order:
+                squares += torch.stack(in_order).double().square().sum() * float(counted)
         self.comm.all_reduce(squares, *AXES)
         return squares.sqrt()
 
     def _measured(self, buffer: _Buffer) -> tuple[list[Slot], list[torch.Tensor]]:
-        """What this rank adds to the norm. In order: whole parameters, in memory of their own, whatever is sharded."""
+        """What this rank has of the norm. In order: whole parameters, in memory of their own, whatever is sharded."""
         bucket, ordered = buffer.bucket, self.comm.ordered
         if bucket.sharded and not ordered:
-            cut = [(slot, low, high) for slot, low, high in bucket.owned() if slot.placed.counted]
-            pieces = [buffer.shard[low - bucket.low : high - bucket.low] for _, low, high in cut]
-            return [slot for slot, _, _ in cut], pieces
+            owned = bucket.owned()
+            pieces = [buffer.shard[low - bucket.low : high - bucket.low] for _, low, high in owned]
+            return [slot for slot, _, _ in owned], pieces
         whole = buffer.gathered()
-        counted = [slot for slot in bucket.slots if slot.placed.counted and bucket.place == 0]
-        parts = [whole[slot.start : slot.stop] for slot in counted]
-        return counted, [part.double() for part in parts] if ordered else parts
+        slots = bucket.slots if bucket.place == 0 else []
+        parts = [whole[slot.start : slot.stop] for slot in slots]
+        return slots, [part.double() for part in parts] if ordered else parts
 
     def scale(self, factor: float) -> None:
         for buffer in self._buffers:

@@ -57,6 +57,11 @@ class Pipeline:
         step.finish()
         return step.sums
 
+    @property
+    def running(self) -> Op:
+        """The op under way, inside `train`."""
+        return self.row[len(self.log)]
+
     def shortened(self, microbatches: int) -> "Pipeline":
         """The same stages with fewer microbatches, for one rank along pp."""
         chunks = len(self.stages)

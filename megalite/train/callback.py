@@ -19,7 +19,8 @@ class StepMetrics:
     (0.41 is 41%); None where no peak was measured. `memory_gb`: this rank's peak (1e9 bytes). `step_s`: wall time, of
     which `data_s` waiting for data. `skipped`: the update was left out because loss or gradient was not finite.
     `val_*`: set on the steps that evaluate. `experts`: see `Balance.described`. `mtp_loss`: nats a token, the mean over
-    the multi-token modules. `loss_scale`: of this step, with precision=fp16.
+    the multi-token modules. `loss_scale`: of this step, with precision=fp16. `numerics`: see `Numerics.first`, of a
+    skipped step with debug.numerics.
     """
 
     step: int
@@ -40,6 +41,7 @@ class StepMetrics:
     experts: dict[str, Any] | None = None
     mtp_loss: float | None = None
     loss_scale: float | None = None
+    numerics: dict[str, Any] | None = None
 
 
 class TrainerView(Protocol):

@@ -31,6 +31,7 @@ from megalite.train.evaluate import Evaluation, evaluate
 from megalite.train.interrupt import Stopped, StopRequest
 from megalite.train.loss_scale import LossScale
 from megalite.train.memory import measured_memory
+from megalite.train.numerics import Numerics, sentence
 from megalite.train.observers import make_observers
 from megalite.train.resume import resume, training_state
 from megalite.train.run_folder import RunFolder, check_free_space, run_path
@@ -80,6 +81,7 @@ class Trainer:
         self.loss_scale = LossScale.of(config.precision, self.precision.scaled)
         self.balance = Balance(self.stages, self.comm, config.model)
         self.scales = DelayedScales(self.stages, self.comm)
+        self.numerics = Numerics(self.stages, self.pipeline, self.gradients, self.comm, config.debug.numerics)
         self.store = CheckpointStore(self.run_dir / "checkpoints", self.comm, config.checkpoint.keep)
         state_bytes = self.optimizer.state_bytes()
         if config.checkpoint.final or config.checkpoint.every:
@@ -131,9 +133,11 @@ class Trainer:
         self.gradients.zero()
         self.balance.begin()
         self.scales.begin()
+        self.numerics.begin()
         scale = self.loss_scale.value
         sums = self.pipeline.train(microbatches, tokens, ahead, scale)
         self.gradients.finish()
+        self.numerics.end()
         (nll_sum, z_sum, *ahead_sums), stop = self._agreed(sums, asked_to_stop)
         loss, z_loss = nll_sum / tokens, z_sum / tokens
         grad_norm, routed = self.gradients.global_norm().item() / scale, self.balance.measure()
@@ -146,14 +150,16 @@ class Trainer:
             self.optimizer.step(step)
             self.balance.update(routed)
         self.step, self.stopping = step, stop
-        self._note_skip(finite, loss, grad_norm)
+        found = None if finite else self.numerics.first(sums)
+        self._note_skip(finite, loss, grad_norm, found)
         self.loss_scale.update(finite)
         self.scales.update()
         metrics = self._measured(loss, z_loss, grad_norm, not finite, time.perf_counter() - started, data_s)
         further = [total / count for total, count in zip(ahead_sums, ahead, strict=True)]
         mtp_loss = sum(further) / len(further) if further else None
         scaled = scale if self.loss_scale.dynamic else None
-        return replace(metrics, experts=self.balance.described(routed), mtp_loss=mtp_loss, loss_scale=scaled)
+        experts = self.balance.described(routed)
+        return replace(metrics, experts=experts, mtp_loss=mtp_loss, loss_scale=scaled, numerics=found)
 
     def whole_model(self) -> Transformer | None:
         """The model as one process holds it, on rank 0; None elsewhere. A collective."""
@@ -200,6 +206,10 @@ class Trainer:
         first = (step - 1) * self.config.train.global_batch + self.mesh.index("dp") * micro
         starts = range(first, step * self.config.train.global_batch, micro * ranks)
         return [self.data.train.batch(range(start, start + micro)) for start in starts]
+
+    @property
+    def _microbatches_a_step(self) -> int:
+        return self.config.train.global_batch // self.config.train.micro_batch
 
     def _begin(self, ends: ExitStack) -> None:
         """Dry run, the record of this start, and the observers; `ends` will call each on_end, whatever happens."""
@@ -262,13 +272,17 @@ class Trainer:
             self.stopping or (done and checkpoint.final) or (checkpoint.every and self.step % checkpoint.every == 0)
         )
 
-    def _note_skip(self, finite: bool, loss: float, grad_norm: float) -> None:
+    def _note_skip(self, finite: bool, loss: float, grad_norm: float, found: dict[str, Any] | None) -> None:
         if finite:
             self.skipped_in_a_row = 0
             return
         # What a smaller loss scale will cure is part of finding it.
         self.skipped_in_a_row += not (math.isfinite(loss) and self.loss_scale.can_fall)
-        self.event("skip", loss=repr(loss), grad_norm=repr(grad_norm), why="loss or gradient is not finite")
+        where = "debug.numerics=true names the module"
+        if self.numerics.on:
+            where = "nothing watched was not finite" if found is None else sentence(found, self._microbatches_a_step)
+        message = f"step {self.step}, loss {loss!r}, gradient norm {grad_norm!r}; {where}"
+        self.event("skip", loss=repr(loss), grad_norm=repr(grad_norm), message=message)
         if self.skipped_in_a_row >= self.config.train.nonfinite_limit:
             raise RunError(
                 f"train.nonfinite_limit: {self.skipped_in_a_row} steps in a row had a loss or gradient that is not"

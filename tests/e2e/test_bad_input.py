@@ -79,6 +79,11 @@ CONFIGURATION = {
     "negative learning rate": (["train", "optim.lr=-1"], "optim.lr=-1.0: too small"),
     "bad split": (["train", "data.split=most"], "data.split=most"),
     "run name outside runs/": (["train", "run.name=../x"], "run.name=../x"),
+    "no word for yes": (["train", "debug.numerics=maybe"], "debug.numerics=maybe: expects true or false"),
+    "modules that a compiler has melted": (
+        ["train", "debug.numerics=true", "train.compile=true"],
+        "debug.numerics=true: not with train.compile",
+    ),
     "positions too few": (["train", "model=gpt2", "data.sequence_length=2048"], "at most 1024"),
 }
 

@@ -1,0 +1,38 @@
+"""Rules of what watches a run's numbers: each can fail, and what it recommends is legal."""
+
+from typing import Any
+
+import pytest
+
+from megalite.config.rules import Job
+from megalite.config.validate import violations
+from megalite.config.watch import RULES
+from tests.unit.test_config_rules import changed
+
+NUMERICS = {"debug__numerics": True}
+DEEPSPEED = {"parallel__engine": "deepspeed", "parallel__zero": 1}
+MEGALITE = {"parallel__engine": "megalite"}
+CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
+    ({**NUMERICS, "train__compile": True}, ["debug.numerics=true: not with train.compile"], [{"train__compile": False}]),
+    (
+        {**NUMERICS, **DEEPSPEED},
+        ["debug.numerics=true: not built for parallel.engine=deepspeed"],
+        [{"debug__numerics": False}, MEGALITE],
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "parts", "remedies"), CASES, ids=["-".join(case[1][:1]) for case in CASES])
+def test_one_violation_one_line_and_its_remedies(
+    values: dict[str, Any], parts: list[str], remedies: list[dict[str, Any]]
+) -> None:
+    (line,) = violations(changed(**values), 1)
+    for part in parts:
+        assert part in line
+    for remedy in remedies:
+        assert violations(changed(**(values | remedy)), 1) == [], remedy
+
+
+def test_every_rule_can_fail() -> None:
+    failing = {rule.__name__ for values, *_ in CASES for _, rule in RULES if list(rule(Job(changed(**values), 1)))}
+    assert failing == {rule.__name__ for _, rule in RULES}
