@@ -86,6 +86,8 @@ def _headlines(run: RunFolder) -> list[tuple[str, str]]:
     add(_latest(run.metrics, "val_loss"), "{:.4f}", "validation loss")
     add(_latest(run.metrics, "val_bits_per_byte"), "{:.4f}", "validation bits/byte")
     items.append((f"{last['step']:,}", "steps"))
+    skipped = sum(row.get("skipped") is True for row in run.metrics)
+    items.append((f"{skipped:,}" if skipped else "", "steps skipped (not finite)"))
     items.append((_count(last.get("tokens"), ""), "tokens"))
     add(_median(run.metrics, "tokens_per_s"), "{:,.0f}", "tokens/s (median)")
     add(_median(run.metrics, "mfu"), "{:.1%}", "MFU (median)")

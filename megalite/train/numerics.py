@@ -152,6 +152,7 @@ class _Module:
 
     def _next(self) -> tuple[int, int]:
         microbatch = self.numerics.pipeline.running.microbatch
+        assert microbatch is not None, "modules run in ops of a microbatch"
         self.numerics.calls[microbatch, self.layer] += 1
         return microbatch, self.numerics.calls[microbatch, self.layer]
 

@@ -172,7 +172,7 @@ def test_watching_changes_no_bit(tmp_path: Path) -> None:
 
 
 def test_a_broken_copy_on_one_rank_is_not_overlooked(tmp_path: Path) -> None:
-    """The norm's gradient is the same on tp ranks, so that one of them counts it: what if it is the other's that broke?"""
+    """The norm's gradient is the same on tp ranks, so that one of them counts it: and the other's may break."""
     ranks = run_ranks(2, course, tmp_path, [1], "sum", "blocks.1.mlp_norm", 1, ["parallel.tp=2"])
     for rows in ranks:
         assert [row.skipped for row in rows] == [False, True, False]

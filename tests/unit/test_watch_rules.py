@@ -13,7 +13,11 @@ NUMERICS = {"debug__numerics": True}
 DEEPSPEED = {"parallel__engine": "deepspeed", "parallel__zero": 1}
 MEGALITE = {"parallel__engine": "megalite"}
 CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
-    ({**NUMERICS, "train__compile": True}, ["debug.numerics=true: not with train.compile"], [{"train__compile": False}]),
+    (
+        {**NUMERICS, "train__compile": True},
+        ["debug.numerics=true: not with train.compile"],
+        [{"train__compile": False}],
+    ),
     (
         {**NUMERICS, **DEEPSPEED},
         ["debug.numerics=true: not built for parallel.engine=deepspeed"],
