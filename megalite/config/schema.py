@@ -38,6 +38,8 @@ class TrainConfig:
     threads: int = key(0, "CPU threads a process; 0: this host's cores divided by its local ranks.", minimum=0)
     dry_run: bool = key(True, "Run one throw-away batch before step 1, so memory and shape errors come at once.")
     nonfinite_limit: int = key(10, "Stop after this many skipped steps in a row (loss or gradient not finite).", minimum=1)
+    spike_factor: float = key(0.0, "A step whose loss or gradient norm is so many deviations above the median of the last 128 is a spike; 10 suits most runs, 0: not looked for.", minimum=0)
+    spike_rewinds: int = key(0, "Spikes after which the run goes back to its last checkpoint and skips the data since; later ones are only said.", minimum=0)
     eval_every: int = key(0, "Steps between evaluations on the validation sets; 0: only at the end.", minimum=0)
     eval_batches: int = key(0, "Global batches an evaluation reads; 0: the whole validation set.", minimum=0)
     final_eval: bool = key(True, "Evaluate the whole validation set after the last step.")

@@ -88,6 +88,7 @@ def _headlines(run: RunFolder) -> list[tuple[str, str]]:
     items.append((f"{last['step']:,}", "steps"))
     skipped = sum(row.get("skipped") is True for row in run.metrics)
     items.append((f"{skipped:,}" if skipped else "", "steps skipped (not finite)"))
+    add(_latest(run.metrics, "rewinds"), "{:.0f}", "spikes left behind (rewinds)")
     items.append((_count(last.get("tokens"), ""), "tokens"))
     add(_median(run.metrics, "tokens_per_s"), "{:,.0f}", "tokens/s (median)")
     add(_median(run.metrics, "mfu"), "{:.1%}", "MFU (median)")

@@ -20,7 +20,7 @@ class StepMetrics:
     which `data_s` waiting for data. `skipped`: the update was left out because loss or gradient was not finite.
     `val_*`: set on the steps that evaluate. `experts`: see `Balance.described`. `mtp_loss`: nats a token, the mean over
     the multi-token modules. `loss_scale`: of this step, with precision=fp16. `numerics`: see `Numerics.first`, of a
-    skipped step with debug.numerics.
+    skipped step with debug.numerics. `spike`: of what the step was one. `rewinds`: spikes left behind so far.
     """
 
     step: int
@@ -42,6 +42,8 @@ class StepMetrics:
     mtp_loss: float | None = None
     loss_scale: float | None = None
     numerics: dict[str, Any] | None = None
+    spike: str | None = None
+    rewinds: int | None = None
 
 
 class TrainerView(Protocol):
@@ -75,7 +77,7 @@ class Callback:
         """After every step (also those between log.every), before that step's checkpoint is written."""
 
     def on_event(self, trainer: TrainerView, event: dict[str, Any]) -> None:
-        """Something rare: `event["kind"]` is save, resume, skip, evaluation, warning, ...; the rest is plain JSON."""
+        """Something rare: `event["kind"]` is save, resume, skip, spike, rewind, ...; the rest is plain JSON."""
 
     def on_end(self, trainer: TrainerView) -> None:
         """Training is over, also by an interrupt; files must be complete after this."""
@@ -84,4 +86,4 @@ class Callback:
 def logged(config: Config, metrics: StepMetrics) -> bool:
     """Whether this step gets a row and a line: every log.every steps, the last one, and whenever something happened."""
     due = metrics.step % config.log.every == 0 or metrics.step == config.train.steps
-    return due or metrics.skipped or metrics.val_loss is not None
+    return due or metrics.skipped or metrics.val_loss is not None or metrics.spike is not None

@@ -48,7 +48,7 @@ def training_state(trainer: "Trainer") -> tuple[dict[str, Held], dict[str, Any]]
     """Tensors (weights, moments, every rank's random state) and counters of this instant."""
     tensors = trainer.optimizer.state_tensors()
     tensors[f"rng.{trainer.mesh.rank}"] = Held.whole(torch.get_rng_state())
-    samples = trainer.step * trainer.config.train.global_batch
+    samples = (trainer.step + trainer.spikes.skipped) * trainer.config.train.global_batch
     counters = {
         "step": trainer.step,
         "samples": samples,
@@ -57,6 +57,7 @@ def training_state(trainer: "Trainer") -> tuple[dict[str, Held], dict[str, Any]]
         "seed": trainer.config.train.seed,
         "skipped_in_a_row": trainer.skipped_in_a_row,
         "loss_scale": trainer.loss_scale.state() if trainer.loss_scale.dynamic else None,
+        "spikes": trainer.spikes.state() if trainer.spikes.kept else None,
         "layout": trainer.mesh.sizes,
         "vocab": trainer.vocab,
         "max_positions": trainer.stages[0].max_positions,
@@ -86,10 +87,17 @@ def resume(trainer: "Trainer") -> Resumed | None:
 
         start_from(trainer, path)
         return Resumed(str(path), branch, [], trainer.store.set_aside_after(trainer.step))
-    from megalite.checkpoint.dcp import load_tensors, read_metadata  # a second of imports that a fresh start is spared
-
     counters = trainer.store.verify(path)
     trainer.comm.on_rank_zero(lambda: check_continuity(trainer, path, counters, chosen["at_branch"]))
+    load(trainer, path, counters)
+    set_aside = trainer.store.set_aside_after(trainer.step) if chosen["at_branch"] else []
+    return Resumed(str(path), branch, changes(trainer.config, counters["config"]), set_aside)
+
+
+def load(trainer: "Trainer", path: Path, counters: dict[str, Any]) -> None:
+    """Make `trainer` what it was when it saved the verified checkpoint at `path`. A collective."""
+    from megalite.checkpoint.dcp import load_tensors, read_metadata  # a second of imports that a fresh start is spared
+
     tensors = trainer.optimizer.state_tensors()
     random_state = f"rng.{trainer.mesh.rank}"
     if random_state in read_metadata(path).state_dict_metadata:
@@ -100,8 +108,21 @@ def resume(trainer: "Trainer") -> Resumed | None:
     trainer.optimizer.load_state_tensors(tensors)
     trainer.step, trainer.skipped_in_a_row = counters["step"], counters["skipped_in_a_row"]
     trainer.loss_scale.load(counters.get("loss_scale"))
-    set_aside = trainer.store.set_aside_after(trainer.step) if chosen["at_branch"] else []
-    return Resumed(str(path), branch, changes(trainer.config, counters["config"]), set_aside)
+    trainer.spikes.load(counters.get("spikes"))
+    trainer.saved = trainer.step, path
+
+
+def rewind(trainer: "Trainer") -> None:
+    """Back to the last checkpoint, and on from there with the data behind the step just done (PaLM, arXiv:2204.02311,
+    section 5.1: restart before the spike, skip the data around it). A collective."""
+    assert trainer.saved is not None
+    spikes, at, (_, path) = trainer.spikes, trainer.step, trainer.saved
+    rewinds, skipped, found = spikes.rewinds + 1, spikes.skipped, spikes.found
+    load(trainer, path, trainer.store.verify(path))
+    spikes.rewinds, spikes.skipped = rewinds, skipped + at - trainer.step
+    batches = f"batches {trainer.step + skipped + 1} to {at + skipped} of the data are skipped"
+    message = f"from step {at} back to {trainer.step} ({rewinds} of {spikes.limit}); {batches}"
+    trainer.event("rewind", at=at, rewinds=rewinds, skipped=spikes.skipped, why=found, message=message)
 
 
 def choose_checkpoint(trainer: "Trainer") -> dict[str, Any] | None:
@@ -154,6 +175,12 @@ def check_continuity(trainer: "Trainer", path: Path, counters: dict[str, Any], a
             raise UserError(f"{key}: {now}, but {path} is a model with {before}; choose another run.name")
     if counters["step"] > config.train.steps:
         raise UserError(f"train.steps: {config.train.steps}, but {path} already has {counters['step']} steps")
+    position = counters["samples"] + (config.train.steps - counters["step"]) * config.train.global_batch
+    if position > trainer.data.train.n_samples:
+        raise UserError(
+            f"train.spike_rewinds: {config.train.spike_rewinds} leaves too little data behind what {path} has skipped;"
+            f" set {at(saved, 'train.spike_rewinds')}, and checkpoint.every={at(saved, 'checkpoint.every')}, as before"
+        )
     if not at_branch and order_digest(trainer, counters["samples"]) != counters["order"]:
         raise UserError(
             f"data: {path} was trained on other samples, or in another order, than data.* and train.steps give now"

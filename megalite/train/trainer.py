@@ -33,8 +33,9 @@ from megalite.train.loss_scale import LossScale
 from megalite.train.memory import measured_memory
 from megalite.train.numerics import Numerics, sentence
 from megalite.train.observers import make_observers
-from megalite.train.resume import resume, training_state
+from megalite.train.resume import resume, rewind, training_state
 from megalite.train.run_folder import RunFolder, check_free_space, run_path
+from megalite.train.spikes import Spikes
 from megalite.train.whole_model import gathered_model
 from megalite.world import join, world_from_environment
 
@@ -90,8 +91,10 @@ class Trainer:
             config, self.world, self.mesh, self.data, self.vocab, self.precision, self.stages, schedule
         )
         self.facts.update(run_dir=str(self.run_dir), set_by_engine=settled)
+        self.spikes = Spikes.of(config.train)
+        self.saved: tuple[int, Path] | None = None  # the last checkpoint of this course and its step
         self.step = self.skipped_in_a_row = 0
-        self.stopping = False
+        self.stopping = self.rewinding = False
         self.resumed = resume(self)
         self.start_step = self.step
         if self.resumed:
@@ -109,7 +112,9 @@ class Trainer:
                 metrics = self._evaluated(self.train_step(stop.asked), lambda: stop.asked)
                 for callback in self.callbacks:
                     callback.on_step(self, metrics)
-                if self._checkpoint_due():
+                if self.rewinding:
+                    rewind(self)
+                elif self._checkpoint_due():
                     self.save()
                 yield metrics
             if self.step >= self.config.train.steps and self.config.log.sample is not None:
@@ -123,7 +128,7 @@ class Trainer:
         """
         started = time.perf_counter()
         step = self.step + 1
-        read = self._microbatches(step)
+        read = self._microbatches(step + self.spikes.skipped)
         valid = torch.stack([counted(batch, self.config.model.mtp) for batch in read]).sum(0)
         microbatches = [batch.to(self.device) for batch in read]
         data_s = time.perf_counter() - started
@@ -142,7 +147,9 @@ class Trainer:
         loss, z_loss = nll_sum / tokens, z_sum / tokens
         grad_norm, routed = self.gradients.global_norm().item() / scale, self.balance.measure()
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
+        spike = self.spikes.see(loss, grad_norm) if finite else ""
+        self.rewinding = bool(spike) and self._can_rewind(step)
+        if finite and not self.rewinding:
             clip = self.config.optim.clip
             factor = (clip / grad_norm if 0 < clip < grad_norm else 1.0) / scale
             if factor != 1.0:
@@ -152,6 +159,8 @@ class Trainer:
         self.step, self.stopping = step, stop
         found = None if finite else self.numerics.first(sums)
         self._note_skip(finite, loss, grad_norm, found)
+        if spike:
+            self.event("spike", message=f"step {step}, {spike}", rewinds=self.rewinding)
         self.loss_scale.update(finite)
         self.scales.update()
         metrics = self._measured(loss, z_loss, grad_norm, not finite, time.perf_counter() - started, data_s)
@@ -159,7 +168,8 @@ class Trainer:
         mtp_loss = sum(further) / len(further) if further else None
         scaled = scale if self.loss_scale.dynamic else None
         experts = self.balance.described(routed)
-        return replace(metrics, experts=experts, mtp_loss=mtp_loss, loss_scale=scaled, numerics=found)
+        metrics = replace(metrics, spike=spike or None, rewinds=self.spikes.rewinds or None, numerics=found)
+        return replace(metrics, experts=experts, mtp_loss=mtp_loss, loss_scale=scaled)
 
     def whole_model(self) -> Transformer | None:
         """The model as one process holds it, on rank 0; None elsewhere. A collective."""
@@ -175,6 +185,7 @@ class Trainer:
         """Write this step's checkpoint; complete on disk when it returns."""
         started = time.perf_counter()
         path = self.store.save(self.step, *training_state(self))
+        self.saved = self.step, path
         self.event("save", path=str(path), seconds=round(time.perf_counter() - started, 3))
         return path
 
@@ -200,11 +211,12 @@ class Trainer:
         rows = totals[:-1].view(-1, columns).tolist()
         return [sum(column) for column in zip(*rows, strict=True)], bool(totals[-1] > 0)
 
-    def _microbatches(self, step: int) -> list[Any]:
-        """This rank's microbatches of `step`, on the host. Their samples depend on step and layout-free order alone."""
+    def _microbatches(self, number: int) -> list[Any]:
+        """This rank's microbatches of global batch `number`, from 1, on the host. Their samples depend on that and on
+        layout-free order alone."""
         micro, ranks = self.config.train.micro_batch, self.mesh.size("dp")
-        first = (step - 1) * self.config.train.global_batch + self.mesh.index("dp") * micro
-        starts = range(first, step * self.config.train.global_batch, micro * ranks)
+        first = (number - 1) * self.config.train.global_batch + self.mesh.index("dp") * micro
+        starts = range(first, number * self.config.train.global_batch, micro * ranks)
         return [self.data.train.batch(range(start, start + micro)) for start in starts]
 
     @property
@@ -249,7 +261,7 @@ class Trainer:
     def _evaluated(self, metrics: StepMetrics, asked_to_stop: Callable[[], bool]) -> StepMetrics:
         """The same metrics with the first validation set's results, on steps that evaluate; a stop does not wait."""
         train = self.config.train
-        if self.stopping:
+        if self.stopping or self.rewinding:
             return metrics
         last = self.step == train.steps and train.final_eval
         if not last and (train.eval_every == 0 or self.step % train.eval_every):
@@ -271,6 +283,14 @@ class Trainer:
         return bool(
             self.stopping or (done and checkpoint.final) or (checkpoint.every and self.step % checkpoint.every == 0)
         )
+
+    def _can_rewind(self, step: int) -> bool:
+        """Whether this run goes back because of the spike in `step`; the same on all ranks."""
+        spikes, train = self.spikes, self.config.train
+        if spikes.rewinds >= spikes.limit or self.saved is None:
+            return False
+        skipped = spikes.skipped + step - self.saved[0]
+        return (train.steps + skipped) * train.global_batch <= self.data.train.n_samples
 
     def _note_skip(self, finite: bool, loss: float, grad_norm: float, found: dict[str, Any] | None) -> None:
         if finite:

@@ -61,9 +61,13 @@ class MetricsFile(Callback):
             self.file.flush()
 
     def on_event(self, trainer: TrainerView, event: dict[str, Any]) -> None:
-        """Rows up to a checkpoint must survive a power cut that the checkpoint survives."""
+        """Rows up to a checkpoint must survive a power cut that the checkpoint survives. Those of a course that a
+        rewind leaves are dropped, as after a resume."""
         if self.file is not None and event.get("kind") == "save":
             os.fsync(self.file.fileno())
+        if self.file is not None and event.get("kind") == "rewind":
+            self.file.close()
+            self.file = reopen(trainer.run_dir / "metrics.jsonl", lambda row: row.get("step", 0) <= event["step"])
 
     def on_end(self, trainer: TrainerView) -> None:
         if self.file is not None:

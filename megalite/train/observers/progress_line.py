@@ -50,7 +50,7 @@ class ProgressLine(Callback):
             self._live.update(live_text(metrics, steps, eta, self.console.width), refresh=True)
 
     def on_event(self, trainer: TrainerView, event: dict[str, Any]) -> None:
-        if event.get("kind") in ("skip", "warning", "interrupt"):
+        if event.get("kind") in ("skip", "spike", "rewind", "warning", "interrupt"):
             details = ", ".join(f"{name}={value}" for name, value in event.items() if name not in ("kind", "message"))
             self._say(f"{event['kind']}: {event.get('message') or details}")
         elif event.get("kind") == "resume" and event.get("changed"):
@@ -90,7 +90,7 @@ def fields(metrics: StepMetrics, eta: float) -> list[str]:
 
 def plain_line(metrics: StepMetrics, steps: int, eta: float) -> str:
     """`step 12/100 (12%)  loss 5.1234  2.4k tok/s ...`, whatever the width."""
-    skipped = "  SKIPPED (not finite)" if metrics.skipped else ""
+    skipped = "  SKIPPED (not finite)" if metrics.skipped else "  SPIKE" if metrics.spike else ""
     validation = "  " + validation_text(metrics) if metrics.val_loss is not None else ""
     line = "  ".join([f"step {metrics.step}/{steps} ({metrics.step / steps:.0%})", *fields(metrics, eta)])
     return line + skipped + validation

@@ -31,7 +31,7 @@ class TensorBoardLog(Callback):
         if self._writer is None or not logged(trainer.config, metrics):
             return
         for name, value in metrics_row(metrics).items():
-            if name != "step" and math.isfinite(value):
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
                 self._writer.add_scalar(name, value, metrics.step)
 
     def on_end(self, trainer: TrainerView) -> None:
