@@ -61,7 +61,7 @@ class HeldLoadPlanner(dcp.DefaultLoadPlanner):
     def __init__(self, held: Mapping[str, Held]) -> None:
         super().__init__(flatten_state_dict=False)
         self.held = held
-        self.values = {MetadataIndex(name, box[0]): values for name, h in held.items() for box, values in h.parts}
+        self.values = {MetadataIndex(name, box[0]): values for name, h in held.items() for box, values in h.read}
 
     def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
         super().set_up_planner({}, metadata, is_coordinator)
@@ -72,7 +72,7 @@ class HeldLoadPlanner(dcp.DefaultLoadPlanner):
         for name, held in self.held.items():
             stored = self.metadata.state_dict_metadata[name]
             assert isinstance(stored, TensorStorageMetadata)
-            items += create_read_items_for_chunk_list(name, stored, [_chunk(box) for box, _ in held.parts])
+            items += create_read_items_for_chunk_list(name, stored, [_chunk(box) for box, _ in held.read])
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:

@@ -26,15 +26,21 @@ def loss_scale_is_a_power_of_two(job: Job) -> Iterator[str]:
                 yield f"precision.{name}={getattr(precision, name)}: has no effect without precision=fp16; leave it out"
 
 
-@RULES.reads("precision.name", "optim.name", "parallel.zero", "parallel.engine")
+@RULES.reads("precision.name", "parallel.zero", "parallel.engine")
 def pure_bf16_has_its_own_update(job: Job) -> Iterator[str]:
     config = job.config
     if config.precision.name != "bf16_pure" or config.parallel.engine == "deepspeed":
         return
-    if config.optim.name != "adamw":
-        yield f"optim.name={config.optim.name}: precision=bf16_pure rounds adamw's updates alone; set adamw, or bf16"
     if config.parallel.zero == 3:
         yield "parallel.zero=3: not built for precision=bf16_pure; legal: 0, 1, 2; or precision=bf16"
+
+
+@RULES.reads("precision.states", "parallel.engine")
+def states_are_ours(job: Job) -> Iterator[str]:
+    config = job.config
+    if config.precision.states != "auto" and config.parallel.engine == "deepspeed":
+        legal = "set auto, or parallel.engine=megalite"
+        yield f"precision.states={config.precision.states}: parallel.engine=deepspeed keeps its own; {legal}"
 
 
 @RULES.reads(

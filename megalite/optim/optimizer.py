@@ -8,15 +8,17 @@ from torch import nn
 
 from megalite.config.schema import OptimConfig
 from megalite.mesh import AXES
+from megalite.optim.compact import Compact, CompactAdamW, CompactSGD
+from megalite.optim.moments import SCALE, Moments
 from megalite.optim.muon import Muon
 from megalite.optim.schedule import lr_share
-from megalite.optim.stochastic import StochasticAdamW
+from megalite.optim.slabs import held_scales
 from megalite.parallel.boxes import Held
 from megalite.parallel.buckets import Slot
 from megalite.parallel.data import Gradients, Piece
 from megalite.parallel.parameter import Role, declared_parameters, placement
 from megalite.parallel.weights import ShardedWeights
-from megalite.precision import Precision
+from megalite.precision import SHORT, Precision
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
@@ -59,9 +61,9 @@ class Optimizer:
     """Updates this rank's stages from their `Gradients`, each rank the pieces that ZeRO leaves it.
 
     The weights that are updated ("main") are the model's own parameters where these have the gradients' dtype;
-    otherwise float32 copies, written back after each step. `precision` says if they are narrower than the gradients
-    (default: they are not), `seed` what their rounding is drawn from. Sharded weights are gathered while the next
-    forward pass already runs; `wait` before reading parameters otherwise than through a module.
+    otherwise float32 copies, written back after each step. `precision` says if they or their moments are narrower than
+    the gradients (default: they are not), `seed` what their rounding is drawn from. Sharded weights are gathered while
+    the next forward pass already runs; `wait` before reading parameters otherwise than through a module.
     """
 
     def __init__(
@@ -74,7 +76,8 @@ class Optimizer:
         seed: int = 0,
     ) -> None:
         self.config, self.steps, self.comm = optim, steps, gradients.comm
-        self.seed, self.narrow = seed, precision is not None and precision.stochastic
+        self.seed, self.compact = seed, precision is not None and precision.compact
+        self.kept_as = SHORT[gradients.dtype] if precision is None else precision.moments
         kept = gradients.dtype if precision is None else precision.main
         self.weights = ShardedWeights(chunks, gradients.buckets, gradients.comm)
         self.main: dict[Piece, torch.Tensor] = {}
@@ -97,21 +100,28 @@ class Optimizer:
         optim, chosen = self.config, set(slots)
         pieces = [piece for piece in self.main if piece.slot in chosen]
         groups = [{"params": [self.main[piece] for piece in pieces], "peak_lr": rule.lr}]
+        betas = (optim.beta1, optim.beta2)
+
+        def moments(*names: str) -> Moments:
+            return Moments(names, self.kept_as, pieces, slots, self.comm, gradients.dtype, self.seed)
+
         if rule.muon:
-            return Muon(groups, rule.lr, optim.momentum, rule.weight_decay, gradients, slots, pieces)
+            kept = moments("momentum_buffer")
+            return Muon(groups, rule.lr, optim.momentum, rule.weight_decay, gradients, slots, kept)
         if optim.name == "sgd":
+            if self.compact:
+                return CompactSGD(groups, rule.lr, optim.momentum, rule.weight_decay, moments("momentum_buffer"))
             return DecoupledSGD(groups, rule.lr, optim.momentum, weight_decay=rule.weight_decay)
-        if self.narrow:
-            betas = (optim.beta1, optim.beta2)
-            return StochasticAdamW(groups, rule.lr, betas, optim.eps, rule.weight_decay, pieces, self.seed)
-        betas, fused = (optim.beta1, optim.beta2), not self.comm.ordered
+        if self.compact:
+            return CompactAdamW(groups, rule.lr, betas, optim.eps, rule.weight_decay, moments(*ADAM_STATE))
         # The fused kernel rounds the last few elements of a tensor differently, so its bits depend on sharding.
+        fused = not self.comm.ordered
         return torch.optim.AdamW(groups, rule.lr, betas, optim.eps, weight_decay=rule.weight_decay, fused=fused)
 
     def _make_state(self) -> None:
         """Create every moment now, so that checkpoints have the same keys before and after the first step."""
         for rule in self.rules:
-            for weight in rule.param_groups[0]["params"]:
+            for weight in rule.param_groups[0]["params"] if not isinstance(rule, Compact) else ():
                 state = rule.state[weight]
                 if isinstance(rule, torch.optim.AdamW):
                     state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
@@ -166,15 +176,16 @@ class Optimizer:
         for piece, main in self.main.items():
             tensors[f"model.{piece.slot.name}"] = _held(piece, main.detach())
             for key, value in states[id(main)].items():
-                tensors[f"optim.{piece.slot.name}.{key}"] = _held(piece, value)
+                held = held_scales if key.endswith(SCALE) else _held
+                tensors[f"optim.{piece.slot.name}.{key}"] = held(piece, value)
         tensors |= {f"model.{name}": _state(state) for name, state in self.untrained.items()}
-        return {key: held for key, held in tensors.items() if held.parts}
+        return {key: held for key, held in tensors.items() if held.read}
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Held]) -> None:
         """Take over tensors saved by `state_tensors`, all of them; those may be the live ones, filled in place."""
         for key, held in self.state_tensors().items():
-            for (_, value), (_, loaded) in zip(held.parts, tensors[key].parts, strict=True):
+            for (_, value), (_, loaded) in zip(held.read, tensors[key].read, strict=True):
                 value.copy_(loaded)
         self._publish()
         self.wait()

@@ -38,12 +38,19 @@ def _inside(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator
 class Held:
     """What this rank holds of a logical tensor of `shape`: `parts`, boxes of it and the live values in them.
 
-    `stores`: these parts are this rank's to write into a checkpoint (perhaps together with its replicas).
+    `stores`: these parts are this rank's to write into a checkpoint (perhaps together with its replicas). `borrowed`:
+    further boxes that it holds, which another rank writes.
     """
 
     shape: tuple[int, ...]
     parts: tuple[tuple[Box, torch.Tensor], ...]
     stores: bool = True
+    borrowed: tuple[tuple[Box, torch.Tensor], ...] = ()
+
+    @property
+    def read(self) -> tuple[tuple[Box, torch.Tensor], ...]:
+        """All boxes that a checkpoint fills."""
+        return self.parts + self.borrowed
 
     @classmethod
     def whole(cls, tensor: torch.Tensor) -> "Held":
@@ -63,7 +70,7 @@ class Held:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.parts[0][1].dtype
+        return self.read[0][1].dtype
 
     @property
     def bytes(self) -> int:

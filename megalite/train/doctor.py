@@ -188,6 +188,7 @@ def peaks() -> Iterator[Check]:
     torch = _torch()
     if torch is None:
         return
+    from megalite.config.schema import PrecisionConfig
     from megalite.precision import choose_precision
     from megalite.train.peak import matmul_rate
 
@@ -195,7 +196,7 @@ def peaks() -> Iterator[Check]:
     speeds = {name: matmul_rate(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
     rates = ", ".join(f"{name} {speed / 1e12:.3g} TFLOP/s" for name, speed in speeds.items())
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    chosen = choose_precision("auto", device).name
+    chosen = choose_precision(PrecisionConfig(), device).name
     yield Check("matmul peak", "ok", f"{rates} on {device.type}{threads}; precision=auto takes {chosen}")
 
 

@@ -96,9 +96,10 @@ def predict(
     counts = parameter_counts(model, vocab, model.max_positions or config.data.sequence_length)
     states, sums, weights = (share.left(parallel.zero >= stage) for stage in (1, 2, 3))
     shards_weights = parallel.zero == 3 and share.replicas > 1
-    moments: float = 1 if config.optim.name == "sgd" else 2
+    second = 0.0 if config.optim.name == "sgd" else 1.0
     if config.optim.name == "muon":  # matrices keep one moment, everything else AdamW's two
-        moments = 2 - (counts.matrices + counts.experts) / counts.total
+        second = 1 - (counts.matrices + counts.experts) / counts.total
+    moments = precision.moment_bytes(0) + second * precision.moment_bytes(1)
     copies = 0 if compute == main else main.itemsize
     layer = kept_per_token(model, compute.itemsize, config.recompute.mode, parallel.tp, parallel.sp, parallel.etp)
     kept = share.kept_layers * layer
@@ -110,7 +111,7 @@ def predict(
     return Memory(
         weights=weights * main.itemsize if shards_weights else share.parameters * compute.itemsize,
         gradients=sums * precision.accumulate.itemsize,
-        optimizer=states * (copies * (not shards_weights) + moments * precision.moments.itemsize),
+        optimizer=states * (copies * (not shards_weights) + moments),
         activations=tokens * (kept + ends),
         transient=_transient(config, -(-vocab // parallel.tp), tokens, compute, share.last, device == "cuda"),
         process=PROCESS_BYTES.get(device, 0.0),

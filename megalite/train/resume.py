@@ -159,9 +159,11 @@ def check_continuity(trainer: "Trainer", path: Path, counters: dict[str, Any], a
             raise UserError(
                 f"{key}: {now}, but {path} was trained with {before}; set {key}={before} or another run.name"
             )
-    for key, kind in (("precision.fp8", "delayed"), ("precision.name", "bf16_pure")):
+    for key, kinds in (
+        ("precision.fp8", ["delayed"]), ("precision.name", ["bf16_pure"]), ("precision.states", ["bf16", "fp8", "int8"])
+    ):  # fmt: skip
         before, now = at(saved, key), value_at(config, key)
-        if before != now and kind in (before, now):
+        if before != now and (before in kinds or now in kinds):
             raise UserError(
                 f"{key}: {now}, but {path} keeps the state of {before}; set {key}={before} or another run.name"
             )

@@ -71,7 +71,7 @@ class Trainer:
         config = self.config
         settled = build.settle_process(config, self.world)
         self.device = self.world.device
-        self.precision = choose_precision(config.precision.name, self.device)
+        self.precision = choose_precision(config.precision, self.device)
         self.data = build.make_data(config, self.comm)
         self.vocab = config.model.vocab or self.data.tokenizer.vocab
         schedule = build.make_schedule(config, self.mesh)

@@ -32,7 +32,7 @@ def gathered_model(
     if comm.mesh.rank == 0:
         materialize(model, device, config.train.seed, dtype)
     parameters = dict(model.named_parameters())
-    wide = choose_precision(config.precision.name, device).main
+    wide = choose_precision(config.precision, device).main
     for name, shape in declared:
         whole = torch.full(shape, -torch.inf, dtype=wide, device=device)
         held = weights.get(f"model.{name}")

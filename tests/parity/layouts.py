@@ -25,7 +25,7 @@ from megalite.mesh import Mesh
 from megalite.optim.optimizer import Optimizer
 from megalite.parallel.parameter import declared_parameters, local, placement
 from megalite.pipeline.runtime import Pipeline
-from megalite.precision import PRESETS
+from megalite.precision import choose_precision
 from megalite.train import build
 from megalite.train.balance import Balance
 from megalite.train.delayed_scales import DelayedScales
@@ -160,6 +160,7 @@ class Task:
     deterministic: str = "true"
     precision: str = "fp64"
     fp8: str = "none"
+    states: str = "auto"
     check: bool = False
     chunk_rows: int = 0
     """Rows of a chunk of the loss; 0: as many as the engine takes, which is all of so few."""
@@ -178,7 +179,7 @@ def configuration(layout: Layout, task: Task) -> Config:
     config.train.steps, config.train.seed, config.train.deterministic = task.steps, 3, task.deterministic
     config.recompute.mode, config.recompute.layers = task.recompute, task.recompute_layers
     config.recompute.offload, config.precision.name = task.offload, task.precision
-    config.precision.fp8 = task.fp8
+    config.precision.fp8, config.precision.states = task.fp8, task.states
     return config
 
 
@@ -222,7 +223,7 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
     loss.CHUNK_LOGITS, loss.CHUNK_ROWS = (0, task.chunk_rows) if task.chunk_rows else USUAL_CHUNKS
     calls: list[Call] = []
     comm = Communicator(build.make_mesh(config, world), ordered=task.deterministic == "layout", check=task.check)
-    precision = PRESETS[task.precision]
+    precision = choose_precision(config.precision, torch.device("cpu"))
     schedule = build.make_schedule(config, comm.mesh)
     stages = build.make_stages(config, comm, VOCAB, schedule.placement, precision, torch.device("cpu"))
     gradients = build.make_gradients(config, comm, stages, precision)

@@ -14,12 +14,14 @@ from megalite.comm import Communicator
 from megalite.config.schema import ModelConfig, OptimConfig
 from megalite.mesh import Mesh
 from megalite.model.transformer import Transformer
+from megalite.optim.compact import Compact
 from megalite.optim.exchange import share_out
 from megalite.optim.optimizer import Optimizer, rule_for
 from megalite.optim.schedule import lr_share
 from megalite.parallel.boxes import Held
 from megalite.parallel.data import Gradients
 from megalite.parallel.parameter import declaration, materialize
+from megalite.precision import Precision
 
 ALONE = Communicator(Mesh({"pp": 1, "dp": 1, "cp": 1, "tp": 1}))
 
@@ -54,14 +56,17 @@ def test_schedules_stay_in_bounds(name: str, steps: int, warmup: int, decay: int
     assert all(a >= b - 1e-12 for a, b in pairwise(after)), "after warm-up it never rises"
 
 
-def make(optim: OptimConfig, compute: torch.dtype = torch.float64) -> tuple[Transformer, Gradients, Optimizer]:
+def make(
+    optim: OptimConfig, compute: torch.dtype = torch.float64, states: str = "fp64"
+) -> tuple[Transformer, Gradients, Optimizer]:
     config = ModelConfig(layers=1, hidden=16, heads=2, ffn=24, norm="layernorm", qkv_bias=True, position="learned")
     with torch.device("meta"):
         model = Transformer(config, 20, 8)
     materialize(model, torch.device("cpu"), 1, compute)
     main = torch.float64 if compute == torch.float64 else torch.float32
     gradients = Gradients([model], ALONE, main, 1e9)
-    return model, gradients, Optimizer([model], gradients, optim, 10)
+    precision = Precision("", compute, main, main, states)
+    return model, gradients, Optimizer([model], gradients, optim, 10, precision if states != "fp64" else None)
 
 
 def copied(tensors: dict[str, Held]) -> dict[str, Held]:
@@ -106,6 +111,23 @@ def test_sgd_decays_weights_not_gradients() -> None:
         optimizer.step(step)
         w = w * (1 - 0.1 * 0.5) - 0.1 * m
         torch.testing.assert_close(parameter.detach(), w, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+def test_plain_moments_in_the_compact_rules_are_the_usual_rules(name: str) -> None:
+    """float64 moments, kept by the rules that may keep fewer bits."""
+    usual, compact = (make(OptimConfig(name=name, lr=0.01, schedule="constant"), states=s) for s in ("fp64", "fp32"))
+    for rule in compact[2].rules:
+        assert isinstance(rule, Compact)
+        for piece, state in rule.moments.state.items():
+            for key in state.keys() - {"step"}:
+                state[key] = rule.state[rule.weights[piece]][key] = state[key].double()
+    for step in range(1, 4):
+        for model, gradients, optimizer in (usual, compact):
+            fill(model, gradients, step)
+            optimizer.step(step)
+    for ours, theirs in zip(compact[0].parameters(), usual[0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
 def test_roles_decide_decay_and_rule() -> None:
@@ -162,13 +184,14 @@ def test_muon_shares_out_evenly(shapes: list[tuple[int, int]], ranks: int) -> No
     assert max(load) <= sum(cost) / ranks + max(cost)
 
 
-def test_state_round_trips() -> None:
+@pytest.mark.parametrize("states", ["fp64", "bf16", "fp8", "int8"])
+def test_state_round_trips(states: str) -> None:
     for name in ("adamw", "muon", "sgd"):
-        model, gradients, optimizer = make(OptimConfig(name=name))
+        model, gradients, optimizer = make(OptimConfig(name=name), states=states)
         fill(model, gradients, 1)
         optimizer.step(1)
         saved = copied(optimizer.state_tensors())
-        other, other_gradients, restored = make(OptimConfig(name=name))
+        other, other_gradients, restored = make(OptimConfig(name=name), states=states)
         assert restored.state_tensors().keys() == saved.keys()
         restored.load_state_tensors(saved)
         for one, two in ((gradients, model), (other_gradients, other)):

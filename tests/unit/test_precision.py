@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megalite import Trainer, load_config
-from megalite.optim.stochastic import logical_index, random_bits, round_stochastically
+from megalite.optim.slabs import slabs
+from megalite.optim.stochastic import random_bits, round_stochastically
 from megalite.parallel.buckets import Slot
 from megalite.parallel.data import Piece
 from megalite.parallel.parameter import Declaration, Placement
@@ -72,7 +73,8 @@ def test_each_element_knows_its_place() -> None:
     slot = replace_slot(declared, placed)
     for start, stop in ((0, 48), (5, 31), (47, 48), (9, 9)):
         piece = Piece(slot, None, start, stop, torch.zeros(stop - start))  # type: ignore[arg-type]
-        assert logical_index(piece).tolist() == mine[start:stop].tolist()
+        found = [slab.index(rows, mine.device) for slab in slabs(piece) for rows in slab.chunks()]
+        assert [i for part in found for i in part.flatten().tolist()] == mine[start:stop].tolist()
 
 
 def replace_slot(declared: Declaration, placed: Placement) -> Slot:
@@ -105,13 +107,17 @@ def test_no_bit_depends_on_how_data_is_spread(layout: Layout) -> None:
 
 
 BYTES = {"fp64": 32, "fp32": 16, "bf16": 18, "fp16": 18, "bf16_pure": 10}
+OF_STATES = {"fp32": 8, "bf16": 4, "fp8": 3 + 2 * 4 / 256, "int8": 2 + 2 * 4 / 256}
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_bytes_of_a_parameter(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "states", "bytes"),
+    [*((name, "auto", of) for name, of in BYTES.items()), *(("bf16", name, 10 + of) for name, of in OF_STATES.items())],
+)
+def test_bytes_of_a_parameter(name: str, states: str, bytes: float, tmp_path: Path) -> None:
     """As docs/precision.md says, as predicted, and as kept."""
-    job = tiny_job(f"precision.name={name}", f"run.dir={tmp_path}", "model.hidden=64", "train.dry_run=false")
-    trainer = Trainer(load_config(*job, "optim.name=adamw"), callbacks=[])
+    words = f"precision.name={name}", f"precision.states={states}", f"run.dir={tmp_path}", "train.dry_run=false"
+    trainer = Trainer(load_config(*tiny_job(*words, "model.hidden=256", "model.ffn=256", "optim.name=adamw")), [])
     weights = [parameter for stage in trainer.stages for parameter in stage.parameters()]
     kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in weights}
     for key, held in trainer.optimizer.state_tensors().items():
@@ -120,13 +126,14 @@ def test_bytes_of_a_parameter(name: str, tmp_path: Path) -> None:
                 kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     bytes_kept = sum(kept.values()) + trainer.gradients.kept_bytes()
     elements = sum(parameter.numel() for parameter in weights)
-    memory = predict(trainer.config, trainer.vocab, PRESETS[name])
-    assert memory.weights + memory.gradients + memory.optimizer == BYTES[name] * elements
-    assert bytes_kept == pytest.approx(BYTES[name] * elements, rel=0.01)
+    memory = predict(trainer.config, trainer.vocab, trainer.precision)
+    assert memory.weights + memory.gradients + memory.optimizer == bytes * elements
+    assert bytes_kept == pytest.approx(bytes * elements, rel=0.01)
 
 
 def test_presets_say_what_they_keep() -> None:
     assert str(PRESETS["fp32"]) == "fp32"
     assert str(PRESETS["bf16"]) == "bf16 (compute bf16; accumulate fp32; main fp32; moments fp32)"
     assert "main bf16; moments bf16; updates rounded stochastically" in str(PRESETS["bf16_pure"])
+    assert str(replace(PRESETS["bf16"], moments="int8")).endswith("accumulate fp32; main fp32; moments int8)")
     assert "dynamic loss scale" in str(PRESETS["fp16"])

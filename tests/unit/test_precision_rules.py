@@ -16,8 +16,12 @@ CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
     ({**FP16, SCALE: 1000.0}, ["precision.loss_scale=1000", "nearest: 1024"], [{SCALE: 1024.0}]),
     ({**FP16, SCALE: 2.0**33}, ["a power of two up to 2^32"], [{SCALE: 2.0**32}]),
     ({"precision__loss_scale_window": 5}, ["precision.loss_scale_window=5: has no effect"], [FP16]),
-    ({**PURE, "optim__name": "muon"}, ["optim.name=muon"], [{"optim__name": "adamw"}, BF16]),
     ({**PURE, "parallel__zero": 3}, ["parallel.zero=3: not built"], [{"parallel__zero": 2}, BF16]),
+    (
+        {"precision__states": "int8", "parallel__engine": "deepspeed", "parallel__zero": 1},
+        ["precision.states=int8: parallel.engine=deepspeed keeps its own"],
+        [{"precision__states": "auto"}, {"parallel__engine": "megalite"}],
+    ),
     ({"precision__fp8_history": 4}, ["precision.fp8_history=4: has no effect"], [DELAYED]),
     ({"precision__fp8_backward": "e4m3"}, ["precision.fp8_backward=e4m3: has no effect"], [DELAYED]),
     ({"precision__fp8_skip_last": 1}, ["precision.fp8_skip_last=1: has no effect"], [DELAYED]),

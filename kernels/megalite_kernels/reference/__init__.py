@@ -8,7 +8,14 @@ from megalite_kernels.reference.attention import attention, visible
 from megalite_kernels.reference.fp8 import dequantize_fp8, fp8_amax, fp8_scale, quantize_fp8, scaled_mm
 from megalite_kernels.reference.loss import IGNORE_INDEX, linear_cross_entropy
 from megalite_kernels.reference.moe import grouped_gemm, grouped_gemm_batched, moe_permute, moe_route, moe_unpermute
-from megalite_kernels.reference.optim import adamw_step, gradient_norm, newton_schulz
+from megalite_kernels.reference.moments import (
+    MOMENT_BLOCK,
+    MOMENT_DTYPES,
+    dequantize_moment,
+    moment_amax,
+    quantize_moment,
+)
+from megalite_kernels.reference.optim import adamw_moments, adamw_moved, adamw_step, gradient_norm, newton_schulz
 from megalite_kernels.reference.rows import (
     apply_rope,
     embedding,
@@ -26,11 +33,16 @@ from megalite_kernels.reference.wide import accumulation_dtype
 
 __all__ = [
     "IGNORE_INDEX",
+    "MOMENT_BLOCK",
+    "MOMENT_DTYPES",
     "accumulation_dtype",
+    "adamw_moments",
+    "adamw_moved",
     "adamw_step",
     "apply_rope",
     "attention",
     "dequantize_fp8",
+    "dequantize_moment",
     "embedding",
     "fp8_amax",
     "fp8_scale",
@@ -46,8 +58,10 @@ __all__ = [
     "moe_permute",
     "moe_route",
     "moe_unpermute",
+    "moment_amax",
     "newton_schulz",
     "quantize_fp8",
+    "quantize_moment",
     "relu2",
     "rms_norm",
     "scaled_mm",

@@ -17,6 +17,28 @@ def bias_corrections(step: Tensor, betas: tuple[float, float]) -> tuple[Tensor, 
     return 1 - betas[0] ** count, (1 - betas[1] ** count).sqrt()
 
 
+def adamw_moments(grad: Tensor, mean: Tensor, square: Tensor, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Both moments after a gradient."""
+    return mean.lerp(grad, 1 - betas[0]), betas[1] * square + (1 - betas[1]) * grad.square()
+
+
+def adamw_moved(
+    p: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> Tensor:
+    """Weights after the step of that number, from the moments after it; all of one dtype."""
+    first, second = bias_corrections(step, betas)
+    size = square.sqrt() / second.to(p.dtype) + eps
+    return p * (1 - lr * weight_decay) - (lr / first).to(p.dtype) * (mean / size)
+
+
 def adamw_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -40,14 +62,11 @@ def adamw_step(
     """
     going = torch.ones_like(step, dtype=torch.bool) if skip is None else ~skip.bool()
     step += going.to(step.dtype)
-    first, second = bias_corrections(step, betas)
     for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         wide = widen(p)
         grad = g.to(wide.dtype) if grad_scale is None else g.to(wide.dtype) * grad_scale.to(wide.dtype)
-        mean = m.to(wide.dtype).lerp(grad, 1 - betas[0])
-        square = betas[1] * v.to(wide.dtype) + (1 - betas[1]) * grad.square()
-        size = square.sqrt() / second.to(wide.dtype) + eps
-        moved = wide * (1 - lr * weight_decay) - (lr / first).to(wide.dtype) * (mean / size)
+        mean, square = adamw_moments(grad, m.to(wide.dtype), v.to(wide.dtype), betas)
+        moved = adamw_moved(wide, mean, square, step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         for old, new in ((p, moved), (m, mean), (v, square)):
             old.copy_(torch.where(going, new.to(old.dtype), old))
     for copy, p in zip(copies, params, strict=bool(copies)):
