@@ -118,27 +118,38 @@ class Communicator:
         return shard
 
     def reduce_scatter_into(
-        self, shard: torch.Tensor, whole: torch.Tensor, *axes: str, async_op: bool = False
+        self,
+        shard: torch.Tensor,
+        whole: torch.Tensor,
+        *axes: str,
+        async_op: bool = False,
+        wire: torch.dtype | None = None,
     ) -> Handle | None:
         """Flat `shard` becomes this rank's part of the sum of flat `whole`; `shard` must not lie inside `whole`.
 
-        Between CPUs it is an all-to-all and a sum: gloo's own takes as long as an all-reduce, which is twice that."""
-        group = self._enter("reduce_scatter", axes, whole)
+        `wire`: what terms travel in; their sum is made in their own dtype. Between CPUs and with a narrower wire it is
+        an all-to-all and a sum: gloo's own takes as long as an all-reduce, which is twice that."""
+        sent = whole.to(wire or whole.dtype)
+        group = self._enter("reduce_scatter", axes, sent)
         if group is None:
             shard.copy_(whole)
             return None
-        if whole.device.type != "cpu" and not self.ordered:
+        if sent.dtype == whole.dtype and whole.device.type != "cpu" and not self.ordered:
             work = _reduce_scatter(shard, whole, dist.ReduceOp.SUM, group, async_op)
             return work if async_op else None
-        handle = _OrderedSum(shard, whole, group)
+        handle = _OrderedSum(shard, sent, group)
         if async_op:
             return handle
         handle.wait()
         return None
 
-    def add_in_order(self, total: torch.Tensor, whole: torch.Tensor, *axes: str) -> None:
+    def add_in_order(
+        self, total: torch.Tensor, whole: torch.Tensor, *axes: str, wire: torch.dtype | None = None
+    ) -> None:
         """Add every rank's flat `whole` onto flat `total`, this rank's part of the sum, one after another in rank
-        order: however many ranks share out a row of terms, the sum has the same bits."""
+        order: however many ranks share out a row of terms, the sum has the same bits. `wire`: what terms are rounded
+        to, also where they need not travel."""
+        whole = whole.to(wire or whole.dtype)
         group = self._enter("add_in_order", axes, whole)
         parts = [whole] if group is None else self._exchanged(whole, group)
         for part in parts:
@@ -328,7 +339,7 @@ class _OrderedSum:
     def wait(self) -> None:
         self.work.wait()
         first, second, *others = self.got.chunk(self.got.numel() // self.shard.numel())
-        torch.add(first, second, out=self.shard)
+        torch.add(first.to(self.shard.dtype), second, out=self.shard)
         for part in others:
             self.shard += part
 

@@ -16,16 +16,17 @@ MOMENT_BYTES = {"fp8": (1 + SCALE_BYTES, 2 + SCALE_BYTES), "int8": (1 + SCALE_BY
 @dataclass(frozen=True)
 class Precision:
     """`compute`: parameters in the model, activations, and what of them ranks exchange. `accumulate`: gradients, as
-    they add up over microbatches and over ranks. `main`: the weights that are updated, rounded stochastically where
-    they are narrower than `accumulate`, in which updates are computed. `moments`: the optimizer's state: a dtype's name
-    (bf16: rounded stochastically); "fp8": the first in e4m3, the second in float16; "int8": both in dynamic 8-bit
-    codes; those with a scale for every 256 of a row. `scaled`: the loss is multiplied by a dynamic scale, because
-    gradients in `compute` would underflow. `reason`: why auto took it.
+    they add up over microbatches and over ranks; `communicate`: what they travel in to who adds them up. `main`: the
+    weights that are updated, rounded stochastically where they are narrower than `accumulate`, in which updates are
+    computed. `moments`: the optimizer's state: a dtype's name (bf16: rounded stochastically); "fp8": the first in e4m3,
+    the second in float16; "int8": both in dynamic 8-bit codes; those with a scale for every 256 of a row. `scaled`: the
+    loss is multiplied by a dynamic scale, because gradients in `compute` would underflow. `reason`: why auto took it.
     """
 
     name: str
     compute: torch.dtype
     accumulate: torch.dtype
+    communicate: torch.dtype
     main: torch.dtype
     moments: str
     scaled: bool = False
@@ -57,14 +58,14 @@ class Precision:
 
 
 def _mixed(name: str, compute: torch.dtype, wide: torch.dtype, scaled: bool = False) -> Precision:
-    return Precision(name, compute, wide, wide, SHORT[wide], scaled)
+    return Precision(name, compute, wide, wide, wide, SHORT[wide], scaled)
 
 
 PRESETS = {
     "fp64": _mixed("fp64", torch.float64, torch.float64),
     "fp32": _mixed("fp32", torch.float32, torch.float32),
     "bf16": _mixed("bf16", torch.bfloat16, torch.float32),
-    "bf16_pure": Precision("bf16_pure", torch.bfloat16, torch.float32, torch.bfloat16, "bf16"),
+    "bf16_pure": Precision("bf16_pure", torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, "bf16"),
     "fp16": _mixed("fp16", torch.float16, torch.float32, scaled=True),
 }
 
@@ -73,6 +74,8 @@ def choose_precision(config: PrecisionConfig, device: torch.device) -> Precision
     """The preset of `config.name`, with what other keys change of it; "auto" takes bf16 only where the hardware
     multiplies it natively."""
     chosen = _automatic(device) if config.name == "auto" else PRESETS[config.name]
+    if config.communicate != "auto":
+        chosen = replace(chosen, communicate=DTYPES[config.communicate])
     return chosen if config.states == "auto" else replace(chosen, moments=config.states)
 
 

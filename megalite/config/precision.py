@@ -35,12 +35,13 @@ def pure_bf16_has_its_own_update(job: Job) -> Iterator[str]:
         yield "parallel.zero=3: not built for precision=bf16_pure; legal: 0, 1, 2; or precision=bf16"
 
 
-@RULES.reads("precision.states", "parallel.engine")
-def states_are_ours(job: Job) -> Iterator[str]:
-    config = job.config
-    if config.precision.states != "auto" and config.parallel.engine == "deepspeed":
-        legal = "set auto, or parallel.engine=megalite"
-        yield f"precision.states={config.precision.states}: parallel.engine=deepspeed keeps its own; {legal}"
+@RULES.reads("precision.states", "precision.communicate", "parallel.engine")
+def deepspeed_has_dtypes_of_its_own(job: Job) -> Iterator[str]:
+    for name in ("states", "communicate") if job.config.parallel.engine == "deepspeed" else ():
+        value = getattr(job.config.precision, name)
+        if value != "auto":
+            legal = "set auto, or parallel.engine=megalite"
+            yield f"precision.{name}={value}: parallel.engine=deepspeed has its own; {legal}"
 
 
 @RULES.reads(

@@ -223,6 +223,7 @@ class PrecisionConfig:
         "The optimizer's moments: fp8: the first in e4m3, the second in fp16; int8: dynamic 8-bit codes; both with a scale for 256 of a row; auto: as the preset has them.",
         choices=("auto", "fp32", "bf16", "fp8", "int8"),
     )
+    communicate: str = key("auto", "What gradients travel in to the ranks that add them up; auto: what they are summed in.", choices=("auto", "fp32", "bf16"))
     loss_scale: float = key(2.0**16, "fp16: what the loss is multiplied by at first, a power of two.", minimum=1)
     loss_scale_window: int = key(1000, "fp16: finite steps in a row after which the loss scale doubles.", minimum=1)
     loss_scale_hysteresis: int = key(2, "fp16: since it last doubled, the overflow from which on each halves the loss scale.", minimum=1)

@@ -50,15 +50,18 @@ class _Buffer:
     """The gradients of a bucket in `dtype`.
 
     `streams`: what arrives is reduced after every microbatch and added onto `shard`, so the whole bucket is there only
-    in passing; else it accumulates in `whole` and is reduced once.
+    in passing; else it accumulates in `whole` and is reduced once. `wire`: what its terms travel in.
     """
 
-    def __init__(self, bucket: Bucket, dtype: torch.dtype, comm: Communicator, zero: int) -> None:
-        self.bucket, self.comm = bucket, comm
+    def __init__(
+        self, bucket: Bucket, dtype: torch.dtype, comm: Communicator, zero: int, wire: torch.dtype | None = None
+    ) -> None:
+        self.bucket, self.comm, self.wire = bucket, comm, wire or dtype
         self.streams = bucket.ranks > 1 and (zero == 2 or comm.ordered)
         self._new = lambda n: torch.zeros(n, dtype=dtype, device=bucket.slots[0].parameter.device)
         self.whole = None if self.streams and bucket.sharded else self._new(bucket.size)
-        if self.whole is None or self.streams or bucket.sharded:
+        self.apart = self.streams or bucket.sharded or (self.wire != dtype and bucket.ranks > 1)
+        if self.whole is None or self.apart:
             self.shard = self.total = self._new(bucket.part)  # total: what the replicas have summed
         else:
             self.shard, self.total = self.whole[bucket.low : bucket.high], self.whole
@@ -94,18 +97,18 @@ class _Buffer:
         comm, axes = self.comm, self.bucket.replicas
         if not self.streams:
             assert self.whole is not None
-            if self.bucket.sharded:
-                self._work = comm.reduce_scatter_into(self.shard, self.whole, *axes, async_op=True)
+            if self.apart:
+                self._work = comm.reduce_scatter_into(self.shard, self.whole, *axes, async_op=True, wire=self.wire)
             else:
                 self._work = comm.all_reduce(self.whole, *axes, async_op=True)
             return
         sent = self.arriving if self.arriving is not None else self._new(self.bucket.size)
         self.arriving, self.missing = None, self._all()
         if comm.ordered:
-            comm.add_in_order(self.shard, sent, *axes)
+            comm.add_in_order(self.shard, sent, *axes, wire=self.wire)
             return
         self._sent, self._got = sent, torch.empty_like(self.shard)
-        self._work = comm.reduce_scatter_into(self._got, sent, *axes, async_op=True)
+        self._work = comm.reduce_scatter_into(self._got, sent, *axes, async_op=True, wire=self.wire)
 
     def settle(self) -> None:
         """Wait for the launch before."""
@@ -123,7 +126,7 @@ class _Buffer:
             self.comm.all_reduce(self.total, *self.bucket.partial)
         if self.bucket.tied:
             self.comm.all_reduce(self.total, "pp", places=self.bucket.tied)
-        if self.streams and not self.bucket.sharded:
+        if self.apart and not self.bucket.sharded:
             assert self.whole is not None
             self.comm.all_gather_into(self.whole, self.shard, *self.bucket.replicas)
 
@@ -141,22 +144,29 @@ class Gradients:
     """All gradients of this rank's stages: zeroed, accumulated, reduced, measured, clipped.
 
     `chunks`: the stages, one unless the pipeline gives a rank several. `dtype`: of accumulation; `compute`: of the
-    model's weights. `zero`: 0, 1 or 2; with 1 the replicas share out the sums, with 2 also what accumulates. Reduction
-    is over the axes of each parameter's placement. Buckets are launched strictly in order, so every rank issues the
-    same collectives whatever its autograd graph does. On an ordered communicator every microbatch is added in global
-    order onto the sum, so that no bit depends on dp, on `bucket_bytes` or on `zero`. `slots`: every parameter of this
-    rank, in definition order.
+    model's weights; `communicate`: what terms of a sum over replicas travel in (default: `dtype`, in which they are
+    added up in any case). `zero`: 0, 1 or 2; with 1 the replicas share out the sums, with 2 also what accumulates.
+    Reduction is over the axes of each parameter's placement. Buckets are launched strictly in order, so every rank
+    issues the same collectives whatever its autograd graph does. On an ordered communicator every microbatch is added
+    in global order onto the sum, so that no bit depends on dp, on `bucket_bytes` or on `zero`. `slots`: every parameter
+    of this rank, in definition order.
     """
 
     def __init__(
-        self, chunks: Sequence[nn.Module], comm: Communicator, dtype: torch.dtype, bucket_bytes: float, zero: int = 0
+        self,
+        chunks: Sequence[nn.Module],
+        comm: Communicator,
+        dtype: torch.dtype,
+        bucket_bytes: float,
+        zero: int = 0,
+        communicate: torch.dtype | None = None,
     ) -> None:
         assert zero in (0, 1, 2), f"zero {zero} is not ours"
         self.chunks, self.comm, self.dtype = list(chunks), comm, dtype
         self.compute = next(iter(self.chunks[0].parameters())).dtype
         self.streams = zero == 2 or comm.ordered
         self.buckets = make_buckets(chunks, comm.mesh, bucket_bytes / dtype.itemsize, zero)
-        self._buffers = [_Buffer(bucket, dtype, comm, zero) for bucket in self.buckets]
+        self._buffers = [_Buffer(bucket, dtype, comm, zero, communicate) for bucket in self.buckets]
         self._slots = {s.parameter: (buffer, s) for buffer in self._buffers for s in buffer.bucket.slots}
         in_order = dict.fromkeys(p for chunk in self.chunks for p in trained(chunk))
         self.slots = [self._slots[parameter][1] for parameter in in_order]

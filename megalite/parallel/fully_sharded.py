@@ -56,7 +56,7 @@ def shard_fully(
             module, mesh=meshes[axis], mp_policy=mixed, ignored_params=states, shard_placement_fn=place
         )
         sharded.set_custom_all_gather(_Gather(comm, axis))  # type: ignore[arg-type]
-        sharded.set_custom_reduce_scatter(_Reduce(comm, axis))  # type: ignore[arg-type]
+        sharded.set_custom_reduce_scatter(_Reduce(comm, axis, precision.communicate))  # type: ignore[arg-type]
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
     stage.to_empty(device=device)
@@ -113,7 +113,7 @@ class ShardedGradients(Gradients):
     ) -> None:
         weights = [LocalWeights(stage) for stage in stages]
         self.stages = stages
-        super().__init__(weights, comm, precision.accumulate, bucket_bytes)
+        super().__init__(weights, comm, precision.accumulate, bucket_bytes, communicate=precision.communicate)
         self.compute = precision.compute
         self._rows = {whole: of.rows[name] for of in weights for name, whole in of.sharded.items()}
         for sharded, rows in self._rows.items():
@@ -178,6 +178,10 @@ class _Gather(_Door):
 
 
 class _Reduce(_Door):
+    def __init__(self, comm: Communicator, axis: str, wire: torch.dtype) -> None:
+        super().__init__(comm, axis)
+        self.wire = wire
+
     def __call__(
         self,
         output_tensor: torch.Tensor,
@@ -187,4 +191,5 @@ class _Reduce(_Door):
         async_op: bool = False,
     ) -> Any:
         assert op == dist.ReduceOp.SUM, f"gradients are sums, not {op}"
-        return self.comm.reduce_scatter_into(output_tensor, input_tensor, self.axis, async_op=async_op)
+        where = output_tensor, input_tensor, self.axis
+        return self.comm.reduce_scatter_into(*where, async_op=async_op, wire=self.wire)

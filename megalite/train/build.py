@@ -162,7 +162,8 @@ def make_gradients(
         from megalite.parallel.fully_sharded import ShardedGradients
 
         return ShardedGradients(stages, comm, precision, bucket_bytes)
-    return Gradients(stages, comm, precision.accumulate, bucket_bytes, 0 if zero == 3 else zero)
+    kept = 0 if zero == 3 else zero
+    return Gradients(stages, comm, precision.accumulate, bucket_bytes, kept, precision.communicate)
 
 
 def rank_share(config: Config, mesh: Mesh, stages: Sequence[Transformer], made: schedule.Schedule) -> Share:

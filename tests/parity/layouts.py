@@ -161,6 +161,7 @@ class Task:
     precision: str = "fp64"
     fp8: str = "none"
     states: str = "auto"
+    communicate: str = "auto"
     check: bool = False
     chunk_rows: int = 0
     """Rows of a chunk of the loss; 0: as many as the engine takes, which is all of so few."""
@@ -180,6 +181,7 @@ def configuration(layout: Layout, task: Task) -> Config:
     config.recompute.mode, config.recompute.layers = task.recompute, task.recompute_layers
     config.recompute.offload, config.precision.name = task.offload, task.precision
     config.precision.fp8, config.precision.states = task.fp8, task.states
+    config.precision.communicate = task.communicate
     return config
 
 

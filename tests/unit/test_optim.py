@@ -65,7 +65,7 @@ def make(
     materialize(model, torch.device("cpu"), 1, compute)
     main = torch.float64 if compute == torch.float64 else torch.float32
     gradients = Gradients([model], ALONE, main, 1e9)
-    precision = Precision("", compute, main, main, states)
+    precision = Precision("", compute, main, main, main, states)
     return model, gradients, Optimizer([model], gradients, optim, 10, precision if states != "fp64" else None)
 
 

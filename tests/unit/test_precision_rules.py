@@ -19,7 +19,7 @@ CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
     ({**PURE, "parallel__zero": 3}, ["parallel.zero=3: not built"], [{"parallel__zero": 2}, BF16]),
     (
         {"precision__states": "int8", "parallel__engine": "deepspeed", "parallel__zero": 1},
-        ["precision.states=int8: parallel.engine=deepspeed keeps its own"],
+        ["precision.states=int8: parallel.engine=deepspeed has its own"],
         [{"precision__states": "auto"}, {"parallel__engine": "megalite"}],
     ),
     ({"precision__fp8_history": 4}, ["precision.fp8_history=4: has no effect"], [DELAYED]),
