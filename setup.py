@@ -49,6 +49,7 @@ setup(
         "wandb": ["wandb>=0.20"],
         "tensorboard": ["tensorboard>=2.15"],
         "hf": ["transformers>=5"],
+        "torchao": ["torchao>=0.18"],
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "import-linter"],
         "bench": ["transformers>=5", "lightning-fabric", "datasets", "psutil", "matplotlib>=3.9"],
