@@ -24,10 +24,14 @@ from megalite.train.memory import predict
 
 LR = {"adamw": 3e-3, "muon": 3e-3, "sgd": 0.3}
 JOB = (
-    "precision=bf16", "model.layers=4", "model.hidden=256", "model.heads=4", "model.ffn=512", "train.micro_batch=8",
-    "train.global_batch=8", "train.threads=1", "train.dry_run=false", "data.sequence_length=128", "data.vocab=1024",
-    "data.max_bytes=2000000", "checkpoint.final=false", "log.report=false", "log.progress=none",
+    "precision=bf16", "model.layers=2", "model.hidden=256", "model.heads=4", "model.ffn=512", "train.micro_batch=4",
+    "train.global_batch=4", "train.threads=1", "train.dry_run=false", "data.sequence_length=64", "data.vocab=512",
+    "data.max_bytes=500000", "train.final_eval=false", "checkpoint.final=false", "log.report=false",
+    "log.progress=none",
 )  # fmt: skip
+
+EVALUATED = 64
+"""Global batches of the validation set."""
 
 
 @dataclass(kw_only=True)
@@ -104,9 +108,9 @@ def job(optim: str, states: str, options: Options, folder: str, seed: int = 1) -
 
 def loss(optim: str, states: str, options: Options, folder: str, seed: int = 1) -> float:
     """Validation loss of a training."""
-    *_, last = Trainer(load_config(*job(optim, states, options, folder, seed)), callbacks=[])
-    assert last.val_loss is not None
-    return float(last.val_loss)
+    trainer = Trainer(load_config(*job(optim, states, options, folder, seed)), callbacks=[])
+    trainer.fit()
+    return trainer.evaluate(EVALUATED)[0].loss
 
 
 def main() -> int:

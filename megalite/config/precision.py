@@ -54,6 +54,8 @@ def fp8_reaches_a_layer(job: Job) -> Iterator[str]:
     for name in ("fp8_backward", "fp8_skip_first", "fp8_skip_last"):
         if not chosen and getattr(precision, name) != getattr(usual, name):
             yield f"precision.{name}={getattr(precision, name)}: has no effect with precision.fp8=none; leave it out"
+    if precision.fp8 == "nvfp4" and precision.fp8_backward != usual.fp8_backward:
+        yield f"precision.fp8_backward={precision.fp8_backward}: precision.fp8=nvfp4 has gradients in e2m1; set auto"
     if precision.fp8 != "delayed" and precision.fp8_history != usual.fp8_history:
         steps = precision.fp8_history
         yield f"precision.fp8_history={steps}: has no effect without precision.fp8=delayed; leave it out"

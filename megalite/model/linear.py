@@ -6,6 +6,7 @@ from megalite_kernels import linear
 from torch import Tensor, nn
 
 from megalite.parallel.deferred import DeferredWeights
+from megalite.parallel.fp4 import Fp4
 from megalite.parallel.fp8 import KINDS, Fp8
 from megalite.parallel.parameter import declare
 from megalite.parallel.tensor import ALONE, TensorParallel
@@ -30,7 +31,7 @@ class Linear(nn.Module):
         self.split, self.returns = split, split == "inputs"
         self.tp: TensorParallel = ALONE
         self.deferred: DeferredWeights | None = None  # the weight's gradient may be asked for later
-        self.fp8: Fp8 | None = None
+        self.fp8: Fp8 | Fp4 | None = None
 
     def multiply_in(self, fp8: Fp8, steps: int) -> None:
         """Multiply so from now on; `steps` of history where that scales by one."""

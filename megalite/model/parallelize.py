@@ -18,6 +18,7 @@ from megalite.model.transformer import Transformer
 from megalite.parallel.context import ContextParallel
 from megalite.parallel.deferred import DeferredWeights
 from megalite.parallel.experts import make_dispatcher
+from megalite.parallel.fp4 import Fp4, Text
 from megalite.parallel.fp8 import USUAL_BACKWARD, Fp8, Recipe
 from megalite.parallel.parameter import shard_parameters
 from megalite.parallel.tensor import TensorParallel
@@ -30,6 +31,7 @@ def parallelize(
     mine = [stage for stage, rank in enumerate(placement) if rank == comm.mesh.index("pp")]
     stages = [model.stage(layers[stage], stage == 0, stage == len(layers) - 1) for stage in mine]
     apply_fp8(stages, comm, config)
+    apply_fp4(stages, comm, config)
     tp = TensorParallel(comm, config.parallel.sp, config.parallel.overlap)
     spread_tensors(stages, tp, sorted({placement[0], placement[-1]}))
     spread_context(stages, comm)
@@ -56,9 +58,23 @@ def apply_fp8(stages: Sequence[Transformer], comm: Communicator, config: Config)
                 module.multiply_in(fp8, config.precision.fp8_history)
 
 
+def apply_fp4(stages: Sequence[Transformer], comm: Communicator, config: Config) -> None:
+    """Let the linears of the chosen blocks multiply in NVFP4."""
+    for stage in stages:
+        for layer, block in stage.layers.items() if config.precision.fp8 == "nvfp4" else ():
+            if layer not in fp8_layers(config):
+                continue
+            text = Text()
+            block.attention.register_forward_pre_hook(text.note)
+            for name, module in block.named_modules():
+                if isinstance(module, Linear):
+                    of = f"{layer}.{name}"
+                    module.fp8 = Fp4(comm, module.split, config.parallel.sp, config.train.seed, of, text)
+
+
 def fp8_recipe(config: Config) -> Recipe | None:
     precision = config.precision
-    if precision.fp8 == "none":
+    if precision.fp8 in ("none", "nvfp4"):
         return None
     usual = USUAL_BACKWARD[precision.fp8]
     return Recipe(precision.fp8, usual if precision.fp8_backward == "auto" else precision.fp8_backward)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from megalite.comm import Communicator
 from megalite.optim.slabs import Slab, grid, slabs
-from megalite.optim.stochastic import random_bits, round_stochastically
+from megalite.optim.stochastic import round_stochastically
 from megalite.parallel.buckets import Slot
 from megalite.parallel.data import Piece
+from megalite.parallel.random import random_bits
 from megalite.precision import DTYPES
 
 SCALE = ".scale"

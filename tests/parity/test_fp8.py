@@ -70,3 +70,28 @@ def test_ranks_that_do_not_agree_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Fp8, "__init__", apart)
     found = errors(trained(layout, task, threads=True), expected)
     assert found["gradients"] > 1e-4 and np.isfinite(found["losses"])
+
+
+@pytest.mark.parametrize(
+    ("model", "recompute", "layout"),
+    [
+        ("untied", "activation", Layout(dp=4, zero=2)),
+        ("untied", "activation", Layout(dp=2, pp=2, schedule="zb_h1")),
+        ("mla", "full", Layout(dp=2, pp=2, chunks=2, schedule="interleaved")),
+        ("deepseek", "selective", Layout(dp=2, ep=2)),
+    ],
+    ids=str,
+)
+def test_four_bits_are_drawn_alike(model: str, recompute: str, layout: Layout) -> None:
+    """Random rounding follows the text of a microbatch and the layer's name, whoever computes it, once or again."""
+    task = Task(model, steps=2, fp8="nvfp4", recompute=recompute)
+    assert wrong(trained(layout, task, threads=True), alone(layout, task)) == []
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2, sp=True), Layout(cp=2)], ids=str)
+def test_four_bits_in_blocks_that_are_cut_otherwise(layout: Layout) -> None:
+    """As above; a rounding to e2m1 errs by up to a quarter."""
+    task = Task("untied", steps=1, fp8="nvfp4")
+    one, exact = alone(layout, task), alone(layout, Task("untied", steps=1))
+    off, recipe = distance(trained(layout, task, threads=True), [one]), distance([one], [exact])
+    assert 0 < off < 2 * recipe and recipe < 1

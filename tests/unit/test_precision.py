@@ -10,10 +10,11 @@ import torch
 
 from megalite import Trainer, load_config
 from megalite.optim.slabs import slabs
-from megalite.optim.stochastic import random_bits, round_stochastically
+from megalite.optim.stochastic import round_stochastically
 from megalite.parallel.buckets import Slot
 from megalite.parallel.data import Piece
 from megalite.parallel.parameter import Declaration, Placement
+from megalite.parallel.random import random_bits
 from megalite.precision import PRESETS
 from megalite.train.memory import predict
 from tests.parity.layouts import Layout, Task, joined, trained
@@ -133,7 +134,7 @@ def test_bytes_of_a_parameter(name: str, states: str, bytes: float, tmp_path: Pa
 
 def test_presets_say_what_they_keep() -> None:
     assert str(PRESETS["fp32"]) == "fp32"
-    assert str(PRESETS["bf16"]) == "bf16 (compute bf16; accumulate fp32; main fp32; moments fp32)"
+    assert str(PRESETS["bf16"]) == "bf16 (compute bf16; accumulate fp32; communicate fp32; main fp32; moments fp32)"
     assert "main bf16; moments bf16; updates rounded stochastically" in str(PRESETS["bf16_pure"])
-    assert str(replace(PRESETS["bf16"], moments="int8")).endswith("accumulate fp32; main fp32; moments int8)")
+    assert str(replace(PRESETS["bf16"], moments="int8")).endswith("communicate fp32; main fp32; moments int8)")
     assert "dynamic loss scale" in str(PRESETS["fp16"])

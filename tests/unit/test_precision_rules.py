@@ -24,6 +24,11 @@ CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
     ),
     ({"precision__fp8_history": 4}, ["precision.fp8_history=4: has no effect"], [DELAYED]),
     ({"precision__fp8_backward": "e4m3"}, ["precision.fp8_backward=e4m3: has no effect"], [DELAYED]),
+    (
+        {"precision__fp8": "nvfp4", "precision__fp8_backward": "e5m2"},
+        ["precision.fp8_backward=e5m2: precision.fp8=nvfp4"],
+        [{"precision__fp8_backward": "auto"}],
+    ),
     ({"precision__fp8_skip_last": 1}, ["precision.fp8_skip_last=1: has no effect"], [DELAYED]),
     (
         {**DELAYED, "precision__fp8_skip_first": 7, "precision__fp8_skip_last": 1},
