@@ -273,7 +273,7 @@ def _no_faster(request: Request, machine: Machine) -> str | None:
     return "on a CPU it does what the reference does, no faster" if request.device == "cpu" else None
 
 
-SCALED_MM = (Backend("torch", _no_torch_scaled_mm, _no_faster), TRITON, REFERENCE)
+SCALED_MM = (Backend("torch", _no_torch_scaled_mm, _no_faster), TRITON, NATIVE, REFERENCE)
 TORCH = Backend("torch", never)
 
 
@@ -320,8 +320,8 @@ OPS: dict[str, tuple[Backend, ...]] = {
     "moe_permute": MOE_ROWS,
     "moe_unpermute": MOE_ROWS,
     "grouped_gemm": GROUPED_GEMM,
-    "fp8_amax": (TRITON, REFERENCE),
-    "quantize_fp8": (TRITON, REFERENCE),
+    "fp8_amax": (TRITON, NATIVE, REFERENCE),
+    "quantize_fp8": (TRITON, NATIVE, REFERENCE),
     "scaled_mm": SCALED_MM,
     "adamw": (TRITON, Backend("torch", _no_torch_adamw), REFERENCE),
     "gradient_norm": (TRITON, TORCH, REFERENCE),

@@ -9,7 +9,7 @@ which is the one a product sums over: quantise the transpose for a product over 
 import torch
 from torch import Tensor
 
-from megalite_kernels import reference
+from megalite_kernels import fp8_cpu, native, reference
 from megalite_kernels.dispatch import choose
 from megalite_kernels.reference.fp8 import BLOCKS, EXPONENTS, dequantize_fp8, fp8_scale, scale_shape
 
@@ -19,10 +19,13 @@ __all__ = ["dequantize_fp8", "fp8_amax", "fp8_scale", "quantize_fp8", "scaled_mm
 def fp8_amax(x_MK: Tensor, *, recipe: str, backend: str = "auto") -> Tensor:
     """Largest |x| of every block, float32 in the shape of the scales: what ranks agree on before they quantise."""
     _check("fp8_amax", x_MK, recipe)
-    if choose("fp8_amax", backend, x_MK.device.type, x_MK.dtype) == "triton":
+    chosen = choose("fp8_amax", backend, x_MK.device.type, x_MK.dtype)
+    if chosen == "triton":
         from megalite_kernels.gpu import quantize
 
         return quantize.fp8_amax(x_MK.detach(), recipe)
+    if chosen == "native" and native.usable(x_MK):
+        return fp8_cpu.fp8_amax(x_MK.detach(), recipe)
     return reference.fp8_amax(x_MK, recipe=recipe)
 
 
@@ -52,7 +55,10 @@ def quantize_fp8(
         rows, columns = BLOCKS[recipe]
         if transpose_too and rows != columns:
             raise ValueError(f"quantize_fp8: a scale given for {recipe} says nothing of the transpose's blocks")
-    if choose("quantize_fp8", backend, x_MK.device.type, x_MK.dtype) == "reference":
+    chosen = choose("quantize_fp8", backend, x_MK.device.type, x_MK.dtype)
+    if chosen == "native" and native.usable(x_MK):
+        return fp8_cpu.quantize_fp8(x_MK.detach(), recipe, dtype, transpose_too, scale, power_of_two)
+    if chosen != "triton":
         return reference.quantize_fp8(
             x_MK, recipe=recipe, dtype=dtype, transpose_too=transpose_too, scale=scale, power_of_two=power_of_two
         )
@@ -108,6 +114,8 @@ def scaled_mm(
         from megalite_kernels.gpu import scaled_mm
 
         return scaled_mm.scaled_mm(a_MK, _bytes(scale_a), b_NK, _bytes(scale_b), recipe_a, recipe_b, out_dtype)
+    if chosen == "native" and a_MK.numel() and b_NK.numel():
+        return fp8_cpu.scaled_mm(a_MK, scale_a, b_NK, scale_b, recipe_a, recipe_b, out_dtype)
     return reference.scaled_mm(a_MK, scale_a, b_NK, scale_b, recipe_a=recipe_a, recipe_b=recipe_b, out_dtype=out_dtype)
 
 

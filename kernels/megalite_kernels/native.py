@@ -155,6 +155,33 @@ def _shard(logits_NV: Tensor, targets_N: Tensor, first: int, ignore_index: int) 
     return *sizes, _pointer(logits_NV), _pointer(targets_N), c_int64(ignore_index)
 
 
+def fp8_amax(x_MK: Tensor, shape: tuple[int, int], block: tuple[int, int]) -> Tensor:
+    """[`shape`] float32: largest |x| of every block of rows x columns."""
+    amax = torch.zeros(shape)
+    _call("fp8_amax", _half(x_MK), *_blocks(x_MK, block), _pointer(x_MK), _pointer(amax))
+    return amax
+
+
+def fp8_encode(x_MK: Tensor, inverse: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Codes of x times its block's `inverse` scale."""
+    codes = torch.empty(x_MK.shape, dtype=dtype)
+    tail = map(_pointer, (x_MK, inverse, codes))
+    _call("fp8_encode", _half(x_MK), c_int(dtype == torch.float8_e5m2), *_blocks(x_MK, block), *tail)
+    return codes
+
+
+def fp8_decode(codes_MK: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """float32: each code times its block's scale."""
+    x = torch.empty(codes_MK.shape)
+    tail = map(_pointer, (codes_MK, scales, x))
+    _call("fp8_decode", c_int(codes_MK.dtype == torch.float8_e5m2), *_blocks(codes_MK, block), *tail)
+    return x
+
+
+def _blocks(x_MK: Tensor, block: tuple[int, int]) -> tuple[c_long, ...]:
+    return tuple(map(c_long, (*x_MK.shape, *block)))
+
+
 def _shape(
     q: Tensor, k: Tensor, low: Tensor, high: Tensor, scale: float, softcap: float | None, grad_lse: Tensor | None = None
 ) -> _Shape:

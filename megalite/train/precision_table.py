@@ -42,7 +42,7 @@ def fp8_lines(config: Config, precision: Precision, device: torch.device) -> lis
         lines.append(f"blocks of {size} start anew with each rank's part of a tensor, as tp and cp cut it")
     recipes = recipe.blocks("input"), recipe.blocks("weight")
     made = decision("scaled_mm", device.type, precision.compute, recipes=recipes, aligned=True)
-    emulated = ": exact emulation, quantised, widened and summed in float32" if made.backend == "reference" else ""
+    emulated = ": exact emulation, quantised, widened and summed in float32" * (made.backend in ("native", "reference"))
     return [*lines, f"fp8 products: {made}{emulated}"]
 
 

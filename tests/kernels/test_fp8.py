@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.kernels.support import random
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+BACKENDS = ["reference", "native"]
 LAYOUT = {E4M3: (4, 3, 7), E5M2: (5, 2, 15)}
 """Bits of exponent and mantissa, and the exponent's bias (OCP 8-bit floating point specification 1.0, table 1)."""
 
@@ -81,11 +82,12 @@ def test_rounding_is_to_nearest_even_and_saturates(dtype: torch.dtype) -> None:
         assert torch.equal(round_fp8(x, dtype).view(torch.uint8), by_search(x, dtype))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", LAYOUT, ids=str)
-def test_the_quantiser_rounds_the_same(dtype: torch.dtype) -> None:
+def test_the_quantiser_rounds_the_same(dtype: torch.dtype, backend: str) -> None:
     """With a given scale of a power of two, so that only the rounding is left."""
     x = hostile(dtype)[None]
-    codes, _ = kernels.quantize_fp8(x, recipe="tensorwise", dtype=dtype, scale=torch.ones(1, 1))
+    codes, _ = kernels.quantize_fp8(x, recipe="tensorwise", dtype=dtype, scale=torch.ones(1, 1), backend=backend)
     assert torch.equal(codes.view(torch.uint8), by_search(x, dtype))
 
 
@@ -102,12 +104,13 @@ def test_mx_scales_are_the_exponent_of_amax() -> None:
     assert broken.view(torch.uint8).tolist() == [255, 255] and broken.float().isnan().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", LAYOUT, ids=str)
 @pytest.mark.parametrize("recipe", BLOCKS)
-def test_blocks_by_hand(recipe: str, dtype: torch.dtype) -> None:
+def test_blocks_by_hand(recipe: str, dtype: torch.dtype, backend: str) -> None:
     """Each block cut out by a loop and rounded by search."""
     x = (random(130, 140) * torch.exp(4 * random(130, 140, seed=1))).float()
-    codes, scales = kernels.quantize_fp8(x, recipe=recipe, dtype=dtype)
+    codes, scales = kernels.quantize_fp8(x, recipe=recipe, dtype=dtype, backend=backend)
     largest = value(0x7B if dtype == E5M2 else 0x7E, dtype)
     rows, columns = (size or 140 for size in BLOCKS[recipe])
     for i in range(scales.shape[0]):
@@ -123,11 +126,12 @@ def test_blocks_by_hand(recipe: str, dtype: torch.dtype) -> None:
             assert torch.equal(found.view(torch.uint8), by_search(block * (1 / scale), dtype))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("recipe", BLOCKS)
-def test_a_block_with_inf_or_nan_is_nan_and_no_other_is(recipe: str) -> None:
+def test_a_block_with_inf_or_nan_is_nan_and_no_other_is(recipe: str, backend: str) -> None:
     x = random(256, 256).float()
     x[3, 5], x[200, 250] = math.inf, math.nan
-    wide = kernels.dequantize_fp8(*kernels.quantize_fp8(x, recipe=recipe), recipe=recipe)
+    wide = kernels.dequantize_fp8(*kernels.quantize_fp8(x, recipe=recipe, backend=backend), recipe=recipe)
     rows, columns = (size or 256 for size in BLOCKS[recipe])
     touched = torch.zeros(256, 256, dtype=torch.bool)
     for i, j in ((3, 5), (200, 250)):
@@ -140,6 +144,30 @@ def test_zeros_and_tiny_numbers_come_back() -> None:
         for x in (torch.zeros(4, 8), torch.full((4, 8), 1e-42), torch.full((4, 8), -1e-38)):
             wide = kernels.dequantize_fp8(*kernels.quantize_fp8(x, recipe=recipe), recipe=recipe)
             assert ((wide - x).abs() <= (x.abs() / 16).clamp(min=2.0**-136)).all()
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", LAYOUT, ids=str)
+def test_the_c_kernels_are_the_reference_bit_for_bit(dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+    """Ragged shapes, numbers of all sizes, inf and NaN; both ways round; widened and multiplied."""
+
+    def bits(x: Tensor) -> Tensor:  # NaN is one, whatever its bits
+        return x.view(torch.uint8) if x.element_size() == 1 else x.nan_to_num(nan=-1.0)
+
+    for seed, shape in enumerate([(1, 1), (3, 5), (130, 257), (200, 33)]):
+        x = (random(*shape, seed=seed) * torch.exp(20 * random(*shape, seed=seed + 9))).to(x_dtype)
+        x[random(*shape, seed=seed + 20) > 3] = math.inf if seed % 2 else math.nan
+        for recipe in BLOCKS:
+            options = {"recipe": recipe, "dtype": dtype, "transpose_too": True, "power_of_two": seed > 1}
+            ours, theirs = (kernels.quantize_fp8(x, **options, backend=backend) for backend in ("native", "reference"))
+            assert all(torch.equal(bits(a), bits(b)) for a, b in zip(ours, theirs, strict=True))
+            amax = [kernels.fp8_amax(x, recipe=recipe, backend=backend) for backend in ("native", "reference")]
+            assert torch.equal(*map(bits, amax))
+            both = {"recipe_a": recipe, "recipe_b": recipe, "out_dtype": torch.float32}
+            product = [
+                kernels.scaled_mm(*ours[:2], *ours[:2], **both, backend=name) for name in ("native", "reference")
+            ]
+            assert torch.equal(*map(bits, product))
 
 
 def test_products_of_rows_and_tensors_are_what_pytorch_says() -> None:
@@ -184,7 +212,8 @@ def test_what_does_not_belong_together_is_refused() -> None:
         ("sm_100", "blockwise_1x128", True, torch.bfloat16, "triton", "scales of tensors and of rows"),
         ("sm_80", "rowwise", True, torch.bfloat16, "triton", "no OCP FP8 products on sm_80"),
         ("gfx942", "rowwise", True, torch.bfloat16, "triton", "no OCP FP8 products on gfx942"),
-        ("", "tensorwise", True, torch.float32, "reference", "no faster"),
+        ("", "tensorwise", True, torch.float32, "native", "no faster"),
+        ("", "tensorwise", True, torch.float64, "reference", "not float64"),
     ],
 )
 def test_who_multiplies(chip: str, recipe: str, aligned: bool, out: torch.dtype, chosen: str, why: str) -> None:

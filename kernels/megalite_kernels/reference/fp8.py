@@ -56,6 +56,13 @@ def mx_scale(amax: Tensor, *, dtype: torch.dtype) -> Tensor:
     return code.to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
+def scale_of(amax: Tensor, *, recipe: str, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+    """The recipe's scales."""
+    if recipe == "mxfp8":
+        return mx_scale(amax, dtype=dtype)
+    return fp8_scale(amax, dtype=dtype, power_of_two=power_of_two)
+
+
 def round_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes of float32 numbers: to nearest even, saturating (±inf too); NaN is code 0x7f."""
     largest = torch.finfo(dtype).max
@@ -79,11 +86,7 @@ def quantize_fp8(
     """
     x_MK = x_MK.detach()
     if scale is None:
-        amax = fp8_amax(x_MK, recipe=recipe)
-        if recipe == "mxfp8":
-            scale = mx_scale(amax, dtype=dtype)
-        else:
-            scale = fp8_scale(amax, dtype=dtype, power_of_two=power_of_two)
+        scale = scale_of(fp8_amax(x_MK, recipe=recipe), recipe=recipe, dtype=dtype, power_of_two=power_of_two)
         transposed = None
     else:
         transposed = scale.t()
