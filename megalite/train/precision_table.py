@@ -14,14 +14,15 @@ SCALES = {
     "rowwise": "a scale a row of each factor",
     "blockwise": "a scale for 1x128 of inputs and gradients, 128x128 of weights",
     "mxfp8": "a power of two for each 32 that a product adds up",
+    "nvfp4": "a scale for 1x16 of inputs and gradients, 16x16 of weights, and one a tensor",
 }
-SIZES = {"blockwise": 128, "mxfp8": 32}
+SIZES = {"blockwise": 128, "mxfp8": 32, "nvfp4": 16}
 
 
 def fp8_lines(config: Config, precision: Precision, device: torch.device) -> list[str]:
     """Modules in FP8 and their scales; those that are not; how products are made. Nothing without FP8."""
-    recipe = fp8_recipe(config)
-    if recipe is None:
+    recipe, name = fp8_recipe(config), config.precision.fp8
+    if name == "none":
         return []
     layers, compute = config.model.layers, SHORT[precision.compute]
     chosen = fp8_layers(config)
@@ -31,15 +32,18 @@ def fp8_lines(config: Config, precision: Precision, device: torch.device) -> lis
         others.append("multi-token modules")
     if moe_layers(config.model):
         others.append("experts")
-    scales = SCALES[recipe.name].format(steps=config.precision.fp8_history)
+    scales = SCALES[name].format(steps=config.precision.fp8_history)
+    formats = "e2m1, gradients rounded stochastically" if recipe is None else f"e4m3, gradients {recipe.backward}"
     lines = [
-        f"fp8 {recipe.name}: linears of {_layers(chosen)}; e4m3, gradients {recipe.backward}; {scales}",
+        f"{name if recipe is None else f'fp8 {name}'}: linears of {_layers(chosen)}; {formats}; {scales}",
         f"{compute}: {', '.join([*kept, *others])}"
         + (f"; {config.model.moe.router_dtype} or wider: router" if moe_layers(config.model) else ""),
     ]
-    size = SIZES.get(recipe.name)
+    size = SIZES.get(name)
     if size and config.parallel.tp * config.parallel.cp > 1:
         lines.append(f"blocks of {size} start anew with each rank's part of a tensor, as tp and cp cut it")
+    if recipe is None:
+        return [*lines, "nvfp4 products: exact emulation, quantised, widened and summed in float32"]
     recipes = recipe.blocks("input"), recipe.blocks("weight")
     made = decision("scaled_mm", device.type, precision.compute, recipes=recipes, aligned=True)
     emulated = ": exact emulation, quantised, widened and summed in float32" * (made.backend in ("native", "reference"))
