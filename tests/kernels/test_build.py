@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import megalite_kernels as kernels
 import pytest
 import torch
-from megalite_kernels import build
+from megalite_kernels import build, dispatch
 
 LOAD = "from megalite_kernels import build; import sys; sys.exit(build.library().functions is None)"
 
@@ -17,6 +18,17 @@ LOAD = "from megalite_kernels import build; import sys; sys.exit(build.library()
 def needs_compiler() -> None:
     if build.library().functions is None:
         pytest.skip(build.library().reason)
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """What was found on this machine and decided by it is found anew, in the test and after it."""
+    found = (build.library, dispatch.this_machine, dispatch._decided)
+    for function in found:
+        function.cache_clear()
+    yield
+    for function in found:
+        function.cache_clear()
 
 
 def test_processes_building_at_once(tmp_path: Path) -> None:
@@ -37,28 +49,22 @@ def test_a_changed_source_builds_anew(tmp_path: Path) -> None:
     assert len({before, build._digest(tmp_path, "gcc", None), build._digest(folder, "gcc 2", None)}) == 3
 
 
+@pytest.mark.usefixtures("forgetful")
 def test_a_broken_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "gcc"
     broken.write_text("#!/bin/sh\ncase $1 in --version) echo broken;; *) echo no space left >&2; exit 1;; esac\n")
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
-    build.library.cache_clear()
-    try:
-        lines = kernels.explain()
-        assert any("no space left" in line for line in lines), lines
-        torch.testing.assert_close(kernels.swiglu(torch.ones(2), torch.ones(2)), torch.full((2,), 0.731058598))
-    finally:
-        build.library.cache_clear()
+    lines = kernels.explain()
+    assert any("no space left" in line for line in lines), lines
+    torch.testing.assert_close(kernels.swiglu(torch.ones(2), torch.ones(2)), torch.full((2,), 0.731058598))
 
 
+@pytest.mark.usefixtures("forgetful")
 def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "COMPILERS", ())
-    build.library.cache_clear()
-    try:
-        assert "no C compiler" in kernels.explain()[0]
-    finally:
-        build.library.cache_clear()
+    assert "no C compiler" in kernels.explain()[0]
 
 
 def test_explain_names_every_choice() -> None:
