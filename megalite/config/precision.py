@@ -74,3 +74,11 @@ def fp8_reaches_a_layer(job: Job) -> Iterator[str]:
         yield f"precision.fp8={precision.fp8}: parallel.engine=deepspeed has none; {legal}"
     if config.train.compile:
         yield f"train.compile=true: not built for precision.fp8={precision.fp8}; set false"
+
+
+@RULES.reads("precision.fp8", "model.moe.pad", "model.mlp_bias", "model.moe.experts")
+def padding_sets_no_scale(job: Job) -> Iterator[str]:
+    """Rows of zeros give zeros all the way through an expert, but for its biases."""
+    model, fp8 = job.config.model, job.config.precision.fp8
+    if fp8 != "none" and model.moe.experts and model.moe.pad and model.mlp_bias:
+        yield f"model.moe.pad=true: with precision.fp8={fp8} and model.mlp_bias, what fills up sets scales; set false"

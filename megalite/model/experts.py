@@ -6,11 +6,14 @@ import torch
 from megalite_kernels import grouped_gemm, moe_permute, moe_unpermute
 from torch import Tensor, nn
 
+from megalite.comm import Communicator
 from megalite.config.schema import ModelConfig
 from megalite.model import recompute
 from megalite.model.mlp import ACTIVATIONS
 from megalite.model.size import expert_ffn, gated
 from megalite.parallel.experts import Work
+from megalite.parallel.fp8 import KINDS, Recipe
+from megalite.parallel.fp8_grouped import GroupedFp8
 from megalite.parallel.parameter import declare
 
 
@@ -26,6 +29,7 @@ class Experts(nn.Module):
         experts, hidden, ffn, std = config.moe.experts, config.hidden, expert_ffn(config), config.init_std
         self.activation, self.gated, self.bias = ACTIVATIONS[config.activation], gated(config), config.mlp_bias
         self.recompute = False
+        self.fp8: dict[str, GroupedFp8] = {}  # how each matrix multiplies, where not in the dtype of x
         self.backend = "auto"
         self.first_part = True  # of the inner values: the one that adds the bias of the output
         inner = partial(declare, experts, ffn, shard={"ep": 0, "etp": 1})
@@ -39,16 +43,23 @@ class Experts(nn.Module):
             self.up_bias = inner(role="bias")
             self.down_bias = declare(experts, hidden, role="bias", shard={"ep": 0}, sees="own")
 
+    def multiply_in(self, fp8: Recipe, comm: Communicator, steps: int) -> None:
+        """Multiply so from now on; `steps` of history where that scales by one."""
+        names = ("gate", "up", "down") if self.gated else ("up", "down")
+        self.fp8 = {name: GroupedFp8(fp8, comm, "inputs" if name == "down" else "outputs") for name in names}
+        if fp8.name == "delayed":
+            experts = len(self.up)
+            self.amax_history = declare(experts, len(names), len(KINDS), steps, role="state", shard={"ep": 0})
+
     def forward(self, work: Work, rows_an_expert: int | None = None) -> Tensor:
         """[R, D]. `rows_an_expert`: every expert computes so many, filled up with zeros."""
+        parts = len(self.up) * work.sources
         if rows_an_expert is not None:
-            x, offsets, inverse = _padded(work, len(self.up), rows_an_expert, self.backend)
+            x, offsets, inverse = _padded(work, parts, rows_an_expert // work.sources, self.backend)
         else:
             # A CPU sees at once how many rows have an expert here; a GPU makes room for all rather than wait.
             rows = int((work.indices_RK >= 0).sum()) if work.rows_RD.device.type == "cpu" else work.slots
-            x, offsets, inverse = moe_permute(
-                work.rows_RD, work.indices_RK, len(self.up), rows=rows, backend=self.backend
-            )
+            x, offsets, inverse = moe_permute(work.rows_RD, work.indices_RK, parts, rows=rows, backend=self.backend)
         names = ("gate", "up") if self.gated else ("up",)
         inner = [self._product(x, name, offsets, getattr(self, f"{name}_bias", None)) for name in names]
         y = recompute.run(self.recompute, self._contract, offsets, *inner)
@@ -59,7 +70,10 @@ class Experts(nn.Module):
         return self._product(self.activation(*inner, backend=self.backend), "down", offsets, bias)
 
     def _product(self, x: Tensor, name: str, offsets: Tensor, bias: Tensor | None) -> Tensor:
-        return grouped_gemm(x, getattr(self, name).transpose(1, 2), offsets, bias, backend=self.backend)
+        weight = getattr(self, name)
+        if self.fp8:
+            return self.fp8[name].product(x, weight, offsets, bias)
+        return grouped_gemm(x, weight.transpose(1, 2), offsets, bias, backend=self.backend)
 
 
 def _padded(work: Work, experts: int, room: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,12 +12,13 @@ from torch import nn
 
 from megalite.comm import Communicator
 from megalite.config.schema import Config, RecomputeConfig
+from megalite.model.experts import Experts
 from megalite.model.linear import Linear
 from megalite.model.moe import MoE
 from megalite.model.transformer import Transformer
 from megalite.parallel.context import ContextParallel
 from megalite.parallel.deferred import DeferredWeights
-from megalite.parallel.experts import make_dispatcher
+from megalite.parallel.experts import ONE_SOURCE, Sources, make_dispatcher
 from megalite.parallel.fp4 import Fp4, Text
 from megalite.parallel.fp8 import USUAL_BACKWARD, Fp8, Recipe
 from megalite.parallel.parameter import shard_parameters
@@ -45,8 +46,8 @@ def parallelize(
 
 
 def apply_fp8(stages: Sequence[Transformer], comm: Communicator, config: Config) -> None:
-    """Let the linears of the chosen blocks multiply in FP8. Not the embedding, head, norms, routers, nor multi-token
-    modules."""
+    """Let the linears and experts of the chosen blocks multiply in FP8. Not the embedding, head, norms, routers, nor
+    multi-token modules."""
     recipe, chosen = fp8_recipe(config), fp8_layers(config)
     if recipe is None:
         return
@@ -56,6 +57,8 @@ def apply_fp8(stages: Sequence[Transformer], comm: Communicator, config: Config)
             if isinstance(module, Linear):
                 fp8 = Fp8(recipe, comm, module.split, config.parallel.sp)
                 module.multiply_in(fp8, config.precision.fp8_history)
+            elif isinstance(module, Experts):
+                module.multiply_in(recipe, comm, config.precision.fp8_history)
 
 
 def apply_fp4(stages: Sequence[Transformer], comm: Communicator, config: Config) -> None:
@@ -112,8 +115,9 @@ def spread_experts(stages: Sequence[nn.Module], comm: Communicator, config: Conf
     parallel, train = config.parallel, config.train
     for module in (module for stage in stages for module in stage.modules()):
         if isinstance(module, MoE):
+            sources = Sources.of(comm.mesh) if module.experts.fp8 else ONE_SOURCE
             module.dispatcher = make_dispatcher(
-                parallel.dispatcher, comm, config.model.moe.experts, parallel.node_ranks
+                parallel.dispatcher, comm, config.model.moe.experts, parallel.node_ranks, sources
             )
             module.dispatcher.backend = config.train.kernels
             module.experts.first_part = comm.mesh.index("etp") == 0

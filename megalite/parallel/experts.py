@@ -5,6 +5,7 @@ ep x etp ranks of a group exchange tokens. A dispatcher hands the experts rows w
 adds up what comes back. Nothing is averaged: every rank's part is a term of a sum.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,19 +14,43 @@ from megalite_kernels import moe_permute, moe_unpermute
 from torch import Tensor
 
 from megalite.comm import Communicator
+from megalite.mesh import EXPERT_AXES, Mesh
 from megalite.parallel.collectives import begin_exchange, exchange, gather_for_parts, scatter_sum
 
 AXES = ("ep", "etp")
 
 
+class Sources(NamedTuple):
+    """The microbatches whose tokens meet at a rank's experts, for what must keep them apart: `places` along dp, this
+    rank's own the `mine`-th. `spread`: of one microbatch, other replicas of these experts have tokens too."""
+
+    places: tuple[int, ...] = (0,)
+    mine: int = 0
+    spread: bool = False
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> "Sources":
+        met = defaultdict(set)
+        for rank in mesh.ranks(*EXPERT_AXES):
+            position = mesh.coordinates(rank)
+            met[position["edp"]].add(position["dp"])
+        places = tuple(sorted(met[mesh.index("edp")]))
+        return cls(places, places.index(mesh.index("dp")), sum(map(len, met.values())) > mesh.size("dp"))
+
+
+ONE_SOURCE = Sources()
+
+
 class Work(NamedTuple):
     """What the experts of a rank compute: rows [R, D], the experts of each [R, K] (numbered on this rank; -1: none
-    here) and their probabilities [R, K]. `slots`: how many of the R·K are experts of this rank, where that is known."""
+    here) and their probabilities [R, K]. `slots`: how many of the R·K are experts of this rank, where that is known.
+    `sources`: S microbatches are kept apart; that of the s-th goes to expert e by the number e·S + s."""
 
     rows_RD: Tensor
     indices_RK: Tensor
     probs_RK: Tensor
     slots: int | None = None
+    sources: int = 1
 
 
 Combine = Callable[[Tensor], Tensor]
@@ -35,9 +60,10 @@ Combine = Callable[[Tensor], Tensor]
 class Dispatcher:
     """All tokens are on this rank, and so are all experts."""
 
-    def __init__(self, comm: Communicator, experts: int, node_ranks: int = 0) -> None:
+    def __init__(self, comm: Communicator, experts: int, node_ranks: int = 0, sources: Sources = ONE_SOURCE) -> None:
         self.comm, mesh = comm, comm.mesh
         self.ep, self.etp = mesh.size("ep"), mesh.size("etp")
+        self.experts, self.sources = experts, sources
         self.each = experts // self.ep
         self.first = mesh.index("ep") * self.each
         self.node_ranks = node_ranks or self.ep * self.etp
@@ -48,14 +74,20 @@ class Dispatcher:
         computed in between, but for all-gather's."""
         return lambda: (Work(x_ND, indices_NK, probs_NK), lambda y_ND: y_ND)
 
-    def _local(self, indices: Tensor) -> Tensor:
-        """Experts numbered on this rank; -1: elsewhere, or none."""
-        here = (indices >= self.first) & (indices < self.first + self.each)
-        return torch.where(here, indices - self.first, -1)
+    def _named(self, indices: Tensor) -> Tensor:
+        """Numbers as they travel: the experts', plus all experts for each microbatch before this rank's."""
+        return torch.where(indices < 0, -1, indices + self.sources.mine * self.experts)
+
+    def _work(self, rows: Tensor, named: Tensor, probs: Tensor, slots: int | None = None) -> Work:
+        """With experts numbered on this rank; -1: elsewhere, or none."""
+        sources = len(self.sources.places)
+        local, source = named % self.experts - self.first, named // self.experts
+        here = (named >= 0) & (local >= 0) & (local < self.each)
+        return Work(rows, torch.where(here, local * sources + source, -1), probs, slots, sources)
 
     def _wanted(self, indices_NK: Tensor) -> Tensor:
         """How many experts of a token each rank of the group has, [N, ep·etp]."""
-        owner = torch.where(indices_NK < 0, self.ep, indices_NK // self.each)
+        owner = torch.where(indices_NK < 0, self.ep, indices_NK % self.experts // self.each)
         slots = torch.zeros(len(indices_NK), self.ep + 1, dtype=torch.int64, device=indices_NK.device)
         slots.scatter_add_(1, owner, torch.ones_like(owner))
         return slots[:, : self.ep].repeat_interleave(self.etp, dim=1)
@@ -66,19 +98,20 @@ class AllGather(Dispatcher):
 
     def begin(self, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor) -> Callable[[], tuple[Work, Combine]]:
         rows, probs = (gather_for_parts(x, self.comm, AXES) for x in (x_ND, probs_NK))
-        indices = self._local(self.comm.all_gather(indices_NK.contiguous(), *AXES))
-        return lambda: (Work(rows, indices, probs), lambda y_RD: scatter_sum(y_RD, self.comm, AXES))
+        work = self._work(rows, self.comm.all_gather(self._named(indices_NK).contiguous(), *AXES), probs)
+        return lambda: (work, lambda y_RD: scatter_sum(y_RD, self.comm, AXES))
 
 
 class AllToAll(Dispatcher):
     """A token travels once to each rank that has one of its experts."""
 
     def begin(self, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor) -> Callable[[], tuple[Work, Combine]]:
-        finish = hop(self.comm, self._wanted(indices_NK), x_ND, indices_NK, probs_NK, self.backend)
+        named = self._named(indices_NK)
+        finish = hop(self.comm, self._wanted(named), x_ND, named, probs_NK, self.backend)
 
         def arrived() -> tuple[Work, Combine]:
             rows, indices, probs, slots, back = finish()
-            return Work(rows, self._local(indices), probs, slots), back
+            return self._work(rows, indices, probs, slots), back
 
         return arrived
 
@@ -88,11 +121,11 @@ class ByNode(Dispatcher):
     hands it on inside the node (as DeepSeek-V3's training does, arXiv:2412.19437 §3.2)."""
 
     def begin(self, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor) -> Callable[[], tuple[Work, Combine]]:
-        place, size = self.comm.mesh.index(*AXES), self.node_ranks
-        by_node = self._wanted(indices_NK).unflatten(1, (-1, size)).sum(-1)
+        place, size, named = self.comm.mesh.index(*AXES), self.node_ranks, self._named(indices_NK)
+        by_node = self._wanted(named).unflatten(1, (-1, size)).sum(-1)
         across = by_node.new_zeros(len(x_ND), by_node.shape[1], size)
         across[:, :, place % size] = by_node
-        finish = hop(self.comm, across.flatten(1), x_ND, indices_NK, probs_NK, self.backend)
+        finish = hop(self.comm, across.flatten(1), x_ND, named, probs_NK, self.backend)
 
         def arrived() -> tuple[Work, Combine]:
             rows, indices, probs, _, back_across = finish()
@@ -100,7 +133,7 @@ class ByNode(Dispatcher):
             elsewhere = torch.arange(inside.shape[1], device=inside.device) // size != place // size
             inside = inside.masked_fill(elsewhere, 0)
             rows, indices, probs, slots, back_inside = hop(self.comm, inside, rows, indices, probs, self.backend)()
-            return Work(rows, self._local(indices), probs, slots), lambda y_RD: back_across(back_inside(y_RD))
+            return self._work(rows, indices, probs, slots), lambda y_RD: back_across(back_inside(y_RD))
 
         return arrived
 
@@ -108,10 +141,13 @@ class ByNode(Dispatcher):
 DISPATCHERS = {"all_to_all": AllToAll, "all_gather": AllGather, "node": ByNode}
 
 
-def make_dispatcher(kind: str, comm: Communicator, experts: int, node_ranks: int = 0) -> Dispatcher:
-    """`kind`: a name of DISPATCHERS; `node_ranks`: ranks of ep x etp on one node, neighbours in the group (0: all)."""
+def make_dispatcher(
+    kind: str, comm: Communicator, experts: int, node_ranks: int = 0, sources: Sources = ONE_SOURCE
+) -> Dispatcher:
+    """`kind`: a name of DISPATCHERS; `node_ranks`: ranks of ep x etp on one node, neighbours in the group (0: all);
+    `sources`: the microbatches that are kept apart."""
     alone = comm.mesh.size(*AXES) == 1
-    return (Dispatcher if alone else DISPATCHERS[kind])(comm, experts, node_ranks)
+    return (Dispatcher if alone else DISPATCHERS[kind])(comm, experts, node_ranks, sources)
 
 
 Arrived = tuple[Tensor, Tensor, Tensor, int, Combine]

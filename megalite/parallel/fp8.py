@@ -53,36 +53,55 @@ class Factor(NamedTuple):
     blocks: str
 
 
+def factor(values: Tensor, blocks: str, dtype: torch.dtype, amax: Tensor | None = None) -> Factor:
+    """A matrix in FP8, each block scaled by the largest value given for it, else by its own."""
+    scale = None if amax is None else fp8_scale(amax, dtype=dtype)
+    codes, scales = quantize_fp8(values, recipe=blocks, dtype=dtype, scale=scale)
+    return Factor(codes, scales, blocks)
+
+
+def multiplied(a: Factor, b: Factor, dtype: torch.dtype) -> Tensor:
+    """a · bᵀ."""
+    return scaled_mm(a.codes, a.scales, b.codes, b.scales, recipe_a=a.blocks, recipe_b=b.blocks, out_dtype=dtype)
+
+
 class History:
     """Delayed scaling (arXiv:2209.05433): a tensor's scale follows from the largest values of the last steps, so that
-    nothing is read or agreed on before a product. `values` [kinds, steps], the newest first, the same on all ranks.
+    nothing is read or agreed on before a product. `values` [kinds, steps], or of each expert [experts, kinds, steps],
+    the newest first, the same on all ranks that hold a part of the tensor.
 
     `begin` reads it once a step; a kind without any history, as in the first step, is scaled by its current values.
+    `complete`: by kind, whether all have one. `amax` [..., kinds]: 0 where there is none.
     """
 
     def __init__(self) -> None:
-        self.values: nn.Parameter | None = None  # the module's, which the engine makes and moves
-        self.amax: list[Tensor | None] = [None] * len(KINDS)
+        self.values: Tensor | None = None  # the module's, which the engine makes and moves
+        self.complete = [False] * len(KINDS)
+        self.amax: Tensor | None = None
         self.seen: Tensor | None = None
 
     def begin(self) -> None:
         assert self.values is not None
-        amax = self.values.detach().amax(1).float()
-        known = (amax > 0).tolist()
-        self.amax = [amax[i].view(1, 1) if known[i] else None for i in range(len(KINDS))]
-        self.seen = torch.zeros_like(amax)
+        self.amax = self.values.detach().amax(-1).float()
+        self.complete = (self.amax > 0).view(-1, len(KINDS)).all(0).tolist()
+        self.seen = torch.zeros_like(self.amax)
+
+    def of(self, kind: Kind) -> Tensor | None:
+        """The largest value of the last steps, or of each expert [experts]; None where nothing ever began."""
+        return None if self.amax is None else self.amax[..., KINDS.index(kind)]
 
     def note(self, kind: Kind, amax: Tensor) -> None:
         if self.seen is not None:
-            place = KINDS.index(kind)
-            self.seen[place] = torch.maximum(self.seen[place], amax.nan_to_num(torch.inf, torch.inf).max())
+            seen = self.seen[..., KINDS.index(kind)]
+            largest = amax.nan_to_num(torch.inf, torch.inf).reshape(*seen.shape, -1).amax(-1)
+            torch.maximum(seen, largest, out=seen)
 
     def extend(self, seen: Tensor) -> None:
         """Put what a step saw, over all ranks, in front; a kind that saw inf or NaN keeps what it had."""
         assert self.values is not None
         values = self.values.detach()
-        moved = torch.cat((seen[:, None].to(values.dtype), values[:, :-1]), dim=1)
-        values.copy_(torch.where(seen.isfinite()[:, None], moved, values))
+        moved = torch.cat((seen[..., None].to(values.dtype), values[..., :-1]), dim=-1)
+        values.copy_(torch.where(seen.isfinite()[..., None], moved, values))
 
 
 class Fp8:
@@ -105,10 +124,6 @@ class Fp8:
         y: Tensor = _Product.apply(x, weight_NK, self, deferred)
         return y if bias_N is None else y + bias_N
 
-    def product(self, a: Factor, b: Factor, dtype: torch.dtype) -> Tensor:
-        """a · bᵀ."""
-        return scaled_mm(a.codes, a.scales, b.codes, b.scales, recipe_a=a.blocks, recipe_b=b.blocks, out_dtype=dtype)
-
     def quantized(self, kind: Kind, values: Tensor, dims: str) -> Factor:
         """A factor [rows, columns] of a product; its `dims` are two of M, N and K."""
         blocks, dtype, values = self.recipe.blocks(kind), self.recipe.dtype(kind), values.contiguous()
@@ -118,25 +133,24 @@ class Fp8:
         elif blocks == "rowwise":
             axes = self.over[dims[1]]
         if self.history is None and not axes:
-            codes, scales = quantize_fp8(values, recipe=blocks, dtype=dtype)
-            return Factor(codes, scales, blocks)
+            return factor(values, blocks, dtype)
         amax = fp8_amax(values, recipe=blocks)
         known = None
         if self.history is not None:
             self.history.note(kind, amax)
-            known = self.history.amax[KINDS.index(kind)]
+            if self.history.complete[KINDS.index(kind)]:
+                known = self.history.of(kind)
         if known is None:
             amax = amax.nan_to_num(torch.inf, torch.inf)  # a library's max may lose a NaN
             for axis in axes:
                 self.comm.all_reduce(amax, axis, op="max")
             known = amax
-        codes, scales = quantize_fp8(values, recipe=blocks, dtype=dtype, scale=fp8_scale(known, dtype=dtype))
-        return Factor(codes, scales, blocks)
+        return factor(values, blocks, dtype, known.view_as(amax))
 
     def weight_gradient(self, x: Tensor, grad_y: Tensor, dtype: torch.dtype) -> Tensor:
         """[N, K] from the input [..., K] and the output's gradient [..., N]; both are quantised along the tokens."""
         gradient = self.quantized("gradient", grad_y.flatten(0, -2).t(), "NM")
-        return self.product(gradient, self.quantized("input", x.flatten(0, -2).t(), "KM"), dtype)
+        return multiplied(gradient, self.quantized("input", x.flatten(0, -2).t(), "KM"), dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -145,7 +159,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.fp8, ctx.deferred, ctx.weight = fp8, deferred, None if deferred is None else weight
         factors = fp8.quantized("input", x.flatten(0, -2), "MK"), fp8.quantized("weight", weight.detach(), "NK")
-        return fp8.product(*factors, x.dtype).view(*x.shape[:-1], -1)
+        return multiplied(*factors, x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,7 +167,7 @@ class _Product(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             gradient = fp8.quantized("gradient", grad_y.flatten(0, -2), "MN")
-            grad_x = fp8.product(gradient, fp8.quantized("weight", weight.t(), "KN"), x.dtype).view_as(x)
+            grad_x = multiplied(gradient, fp8.quantized("weight", weight.t(), "KN"), x.dtype).view_as(x)
         if deferred is not None and deferred.waiting is not None:
             deferred.keep(ctx.weight, x, grad_y, fp8.weight_gradient)
         else:

@@ -30,18 +30,20 @@ def fp8_lines(config: Config, precision: Precision, device: torch.device) -> lis
     others = ["embedding", "norms", "attention's products of activations", "head"]
     if config.model.mtp:
         others.append("multi-token modules")
-    if moe_layers(config.model):
+    moe = moe_layers(config.model) > 0
+    if moe and recipe is None:
         others.append("experts")
     scales = SCALES[name].format(steps=config.precision.fp8_history)
     formats = "e2m1, gradients rounded stochastically" if recipe is None else f"e4m3, gradients {recipe.backward}"
+    products = "linears and experts" if moe and recipe is not None else "linears"
     lines = [
-        f"{name if recipe is None else f'fp8 {name}'}: linears of {_layers(chosen)}; {formats}; {scales}",
-        f"{compute}: {', '.join([*kept, *others])}"
-        + (f"; {config.model.moe.router_dtype} or wider: router" if moe_layers(config.model) else ""),
+        f"{name if recipe is None else f'fp8 {name}'}: {products} of {_layers(chosen)}; {formats}; {scales}",
+        f"{compute}: {', '.join([*kept, *others])}" + f"; {config.model.moe.router_dtype} or wider: router" * moe,
     ]
-    size = SIZES.get(name)
-    if size and config.parallel.tp * config.parallel.cp > 1:
-        lines.append(f"blocks of {size} start anew with each rank's part of a tensor, as tp and cp cut it")
+    size, parallel = SIZES.get(name), config.parallel
+    if size and parallel.tp * parallel.cp * parallel.etp > 1:
+        axes = "tp, cp and etp" if moe else "tp and cp"
+        lines.append(f"blocks of {size} start anew with each rank's part of a tensor, as {axes} cut it")
     if recipe is None:
         return [*lines, "nvfp4 products: exact emulation, quantised, widened and summed in float32"]
     recipes = recipe.blocks("input"), recipe.blocks("weight")

@@ -35,6 +35,17 @@ CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
         ["precision.fp8=delayed", "leave none of 8 layers", "at most 7"],
         [{"precision__fp8_skip_last": 0}],
     ),
+    (
+        {
+            **DELAYED,
+            "model__mlp_bias": True,
+            "model__moe__experts": 4,
+            "model__moe__pad": True,
+            "model__moe__capacity": 1.5,
+        },
+        ["model.moe.pad=true: with precision.fp8=delayed and model.mlp_bias"],
+        [{"model__moe__pad": False}, {"model__mlp_bias": False}, {"precision__fp8": "none"}],
+    ),
     ({**DELAYED, "train__compile": True}, ["train.compile=true: not built"], [{"train__compile": False}]),
     (
         {**DELAYED, "parallel__engine": "deepspeed", "parallel__zero": 1},

@@ -1,0 +1,136 @@
+"""The experts' grouped products in FP8: a tensor is what one expert computes of one microbatch, or one expert's weight.
+
+So each expert has scales of its own, as in Transformer Engine's GroupedLinear, and no row, tile or block reaches from
+one expert's rows into another's, as in DeepSeek-V3's products (arXiv:2412.19437 §3.3). Rows come sorted by expert and
+microbatch (`Work.sources`). Dimensions: M sorted rows in P parts, E experts, N outputs, K inputs.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from megalite_kernels.fp8 import fp8_amax
+from torch import Tensor
+
+from megalite.comm import Communicator
+from megalite.parallel.experts import Sources
+from megalite.parallel.fp8 import KINDS, Factor, History, Kind, Recipe, factor, multiplied
+
+
+class GroupedFp8:
+    """How one matrix of all experts multiplies. `split`: what of it etp cuts. The ranks that hold parts of the same
+    tensor agree on its amax: along etp, and along edp where it has replicas that tokens of one microbatch go to. Each
+    part is a product of its own, so that the host reads where parts begin."""
+
+    def __init__(self, recipe: Recipe, comm: Communicator, split: Literal["outputs", "inputs"]) -> None:
+        self.recipe, self.comm = recipe, comm
+        self.history = History() if recipe.name == "delayed" else None
+        self.sources = Sources.of(comm.mesh)
+        cut = ["etp"] * (comm.mesh.size("etp") > 1)
+        self.over = {"M": ["edp"] * self.sources.spread, "N": [], "K": []} | {"N" if split == "outputs" else "K": cut}
+
+    def product(self, x_MK: Tensor, weight_ENK: Tensor, offsets: Tensor, bias_EN: Tensor | None) -> Tensor:
+        """[M, N] in x's dtype: rows offsets[p] to offsets[p + 1] times their expert's weightᵀ, plus its bias; rows
+        after the last are zero. Communicates where scales are agreed on, also going back."""
+        y: Tensor = _Grouped.apply(x_MK, weight_ENK, bias_EN, offsets, self)
+        return y
+
+    def quantized(self, kind: Kind, parts: Sequence[Tensor], dims: str) -> list[Factor]:
+        """A factor [rows, columns] of each part's product, or of each expert's; `dims` are two of M, N and K."""
+        blocks, dtype = self.recipe.blocks(kind), self.recipe.dtype(kind)
+        axes: Sequence[str] = ()
+        if blocks == "tensorwise":
+            axes = self.over[dims[0]] + self.over[dims[1]]
+        elif blocks == "rowwise":
+            axes = self.over[dims[1]]
+        parts = [part.contiguous() for part in parts]
+        if self.history is None and not axes:
+            return [factor(part, blocks, dtype) for part in parts]
+        found = [fp8_amax(part, recipe=blocks) for part in parts]
+        amax = torch.cat([of.flatten() for of in found])
+        if self.history is not None:
+            self.history.note(kind, amax)
+        if self.history is None or not self.history.complete[KINDS.index(kind)]:
+            amax = self._agreed(amax, axes, len(parts))
+        if self.history is not None and (known := self.history.of(kind)) is not None:
+            known = known.repeat_interleave(len(amax) // len(known))
+            amax = torch.where(known > 0, known, amax)
+        amaxes = amax.split([of.numel() for of in found])
+        return [
+            factor(part, blocks, dtype, agreed.view_as(of))
+            for part, agreed, of in zip(parts, amaxes, found, strict=True)
+        ]
+
+    def _agreed(self, amax: Tensor, axes: Sequence[str], parts: int) -> Tensor:
+        """The largest of all ranks', of each part equally many. Along edp by the place of a part's microbatch, for
+        other microbatches may meet at a replica."""
+        amax, places = amax.nan_to_num(torch.inf, torch.inf), list(self.sources.places)  # a library's max may lose NaN
+        for axis in axes:
+            if axis != "edp":
+                self.comm.all_reduce(amax, axis, op="max")
+                continue
+            experts = parts // len(places)
+            table = amax.new_zeros(experts, self.comm.mesh.size("dp"), len(amax) // parts)
+            table[:, places] = amax.view(experts, len(places), -1)
+            self.comm.all_reduce(table, axis, op="max")
+            amax = table[:, places].flatten()
+        return amax
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, fp8: GroupedFp8) -> Tensor:
+        ends = offsets.tolist()
+        ctx.save_for_backward(x, weight)
+        ctx.fp8, ctx.ends, ctx.bias_dtype = fp8, ends, None if bias is None else bias.dtype
+        y = _products(fp8, x, ends, "input", "MK", weight.detach(), "NK")
+        if bias is not None:
+            for part, (start, stop) in enumerate(pairwise(ends)):
+                y[start:stop] += bias[part // len(fp8.sources.places)]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), fp8, ends = ctx.saved_tensors, ctx.fp8, ctx.ends
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _products(fp8, grad, ends, "gradient", "MN", weight.transpose(1, 2), "KN")
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(fp8, x, grad, ends, weight)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            sums = [_wide(rows).sum(0) for rows in _parts(grad, ends)]
+            grad_bias = torch.stack(sums).view(len(weight), -1, grad.shape[1]).sum(1).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _products(
+    fp8: GroupedFp8, rows: Tensor, ends: list[int], kind: Kind, dims: str, weight: Tensor, weight_dims: str
+) -> Tensor:
+    """Each part's rows times its expert's weightᵀ; what no expert has is zero."""
+    factors = fp8.quantized(kind, _parts(rows, ends), dims)
+    weights = fp8.quantized("weight", weight.unbind(0), weight_dims)
+    out = rows.new_zeros(len(rows), weight.shape[1])
+    for part, (start, stop) in enumerate(pairwise(ends)):
+        if start < stop:
+            out[start:stop] = multiplied(factors[part], weights[part // len(fp8.sources.places)], rows.dtype)
+    return out
+
+
+def _weight_gradient(fp8: GroupedFp8, x: Tensor, grad: Tensor, ends: list[int], weight: Tensor) -> Tensor:
+    """[E, N, K]: of each expert the sum over its microbatches' products, each quantised along its rows."""
+    gradients = fp8.quantized("gradient", [rows.t() for rows in _parts(grad, ends)], "NM")
+    inputs = fp8.quantized("input", [rows.t() for rows in _parts(x, ends)], "KM")
+    out = torch.zeros_like(weight, dtype=_wide(weight[:0]).dtype)
+    for part, (start, stop) in enumerate(pairwise(ends)):
+        if start < stop:
+            out[part // len(fp8.sources.places)] += multiplied(gradients[part], inputs[part], out.dtype)
+    return out.to(weight.dtype)
+
+
+def _parts(rows: Tensor, ends: list[int]) -> list[Tensor]:
+    return [rows[start:stop] for start, stop in pairwise(ends)]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
