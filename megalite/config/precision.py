@@ -82,3 +82,9 @@ def padding_sets_no_scale(job: Job) -> Iterator[str]:
     model, fp8 = job.config.model, job.config.precision.fp8
     if fp8 != "none" and model.moe.experts and model.moe.pad and model.mlp_bias:
         yield f"model.moe.pad=true: with precision.fp8={fp8} and model.mlp_bias, what fills up sets scales; set false"
+
+
+@RULES.reads("precision.fp8_dispatch", "model.moe.experts")
+def tokens_travel_to_experts(job: Job) -> Iterator[str]:
+    if job.config.precision.fp8_dispatch and not job.config.model.moe.experts:
+        yield "precision.fp8_dispatch=true: has no effect without model.moe.experts; leave it out"

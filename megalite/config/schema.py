@@ -229,13 +229,14 @@ class PrecisionConfig:
     loss_scale_hysteresis: int = key(2, "fp16: since it last doubled, the overflow from which on each halves the loss scale.", minimum=1)
     fp8: str = key(
         "none",
-        "Products of the blocks' linear layers in FP8: a scale a tensor from the steps before, or from its own values; a row; 1x128 of activations and 128x128 of weights; 1x32 (MX). nvfp4: in 4 bits, for research.",
+        "Products of the blocks' linear layers and experts in FP8: a scale a tensor from the steps before, or from its own values; a row; 1x128 of activations and 128x128 of weights; 1x32 (MX). nvfp4: linear layers in 4 bits, for research.",
         choices=("none", "delayed", "tensorwise", "rowwise", "blockwise", "mxfp8", "nvfp4"),
     )
     fp8_backward: str = key("auto", "FP8: format of gradients; auto: e5m2 with a scale a tensor, else e4m3.", choices=("auto", "e4m3", "e5m2"))
     fp8_skip_first: int = key(0, "FP8: so many first layers stay in the preset's dtype.", minimum=0)
     fp8_skip_last: int = key(0, "FP8: so many last layers stay in the preset's dtype.", minimum=0)
     fp8_history: int = key(16, "fp8=delayed: steps whose largest value sets the scale.", minimum=1)
+    fp8_dispatch: bool = key(False, "Tokens travel to experts in FP8, a scale for 128 numbers, and so do the gradients of what experts return.")
 
 
 @dataclass

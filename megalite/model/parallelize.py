@@ -120,6 +120,7 @@ def spread_experts(stages: Sequence[nn.Module], comm: Communicator, config: Conf
                 parallel.dispatcher, comm, config.model.moe.experts, parallel.node_ranks, sources
             )
             module.dispatcher.backend = config.train.kernels
+            module.dispatcher.fp8 = config.precision.fp8_dispatch
             module.experts.first_part = comm.mesh.index("etp") == 0
             module.router.share, module.router.seed = train.micro_batch / train.global_batch, train.seed
 

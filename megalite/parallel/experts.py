@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megalite.comm import Communicator
 from megalite.mesh import EXPERT_AXES, Mesh
-from megalite.parallel.collectives import begin_exchange, exchange, gather_for_parts, scatter_sum
+from megalite.parallel.collectives import begin_exchange, exchange, gather_for_parts, rounded_as_sent, scatter_sum
 
 AXES = ("ep", "etp")
 
@@ -68,11 +68,15 @@ class Dispatcher:
         self.first = mesh.index("ep") * self.each
         self.node_ranks = node_ranks or self.ep * self.etp
         self.backend = "auto"
+        self.fp8 = False  # tokens travel in FP8, and so do the gradients of what comes back; sums of either do not
 
     def begin(self, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor) -> Callable[[], tuple[Work, Combine]]:
         """Starts sending this rank's tokens; what it returns waits for those of others. They travel beside what is
         computed in between, but for all-gather's."""
-        return lambda: (Work(x_ND, indices_NK, probs_NK), lambda y_ND: y_ND)
+        if not self.fp8:
+            return lambda: (Work(x_ND, indices_NK, probs_NK), lambda y_ND: y_ND)
+        rows = rounded_as_sent(x_ND, there=True)  # the numbers that several ranks would exchange
+        return lambda: (Work(rows, indices_NK, probs_NK), lambda y_ND: rounded_as_sent(y_ND, back=True))
 
     def _named(self, indices: Tensor) -> Tensor:
         """Numbers as they travel: the experts', plus all experts for each microbatch before this rank's."""
@@ -97,9 +101,10 @@ class AllGather(Dispatcher):
     """All tokens to all ranks; the sums are scattered. No size depends on the data."""
 
     def begin(self, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor) -> Callable[[], tuple[Work, Combine]]:
-        rows, probs = (gather_for_parts(x, self.comm, AXES) for x in (x_ND, probs_NK))
+        rows = gather_for_parts(x_ND, self.comm, AXES, fp8=self.fp8)
+        probs = gather_for_parts(probs_NK, self.comm, AXES)
         work = self._work(rows, self.comm.all_gather(self._named(indices_NK).contiguous(), *AXES), probs)
-        return lambda: (work, lambda y_RD: scatter_sum(y_RD, self.comm, AXES))
+        return lambda: (work, lambda y_RD: scatter_sum(y_RD, self.comm, AXES, fp8=self.fp8))
 
 
 class AllToAll(Dispatcher):
@@ -107,7 +112,7 @@ class AllToAll(Dispatcher):
 
     def begin(self, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor) -> Callable[[], tuple[Work, Combine]]:
         named = self._named(indices_NK)
-        finish = hop(self.comm, self._wanted(named), x_ND, named, probs_NK, self.backend)
+        finish = hop(self.comm, self._wanted(named), x_ND, named, probs_NK, self.backend, self.fp8)
 
         def arrived() -> tuple[Work, Combine]:
             rows, indices, probs, slots, back = finish()
@@ -125,14 +130,15 @@ class ByNode(Dispatcher):
         by_node = self._wanted(named).unflatten(1, (-1, size)).sum(-1)
         across = by_node.new_zeros(len(x_ND), by_node.shape[1], size)
         across[:, :, place % size] = by_node
-        finish = hop(self.comm, across.flatten(1), x_ND, named, probs_NK, self.backend)
+        finish = hop(self.comm, across.flatten(1), x_ND, named, probs_NK, self.backend, self.fp8)
 
         def arrived() -> tuple[Work, Combine]:
             rows, indices, probs, _, back_across = finish()
             inside = self._wanted(indices)
             elsewhere = torch.arange(inside.shape[1], device=inside.device) // size != place // size
             inside = inside.masked_fill(elsewhere, 0)
-            rows, indices, probs, slots, back_inside = hop(self.comm, inside, rows, indices, probs, self.backend)()
+            begun = hop(self.comm, inside, rows, indices, probs, self.backend, self.fp8)
+            rows, indices, probs, slots, back_inside = begun()
             return self._work(rows, indices, probs, slots), lambda y_RD: back_across(back_inside(y_RD))
 
         return arrived
@@ -154,11 +160,17 @@ Arrived = tuple[Tensor, Tensor, Tensor, int, Combine]
 
 
 def hop(
-    comm: Communicator, slots_NR: Tensor, x_ND: Tensor, indices_NK: Tensor, probs_NK: Tensor, backend: str
+    comm: Communicator,
+    slots_NR: Tensor,
+    x_ND: Tensor,
+    indices_NK: Tensor,
+    probs_NK: Tensor,
+    backend: str,
+    fp8: bool = False,
 ) -> Callable[[], Arrived]:
     """Starts sending each row to the ranks of ep x etp that have experts of it, so many `slots`; then (rows, indices,
     probs) of the rows that came, by sender, their slots here, and the way back, which sums what the ranks return of a
-    row, in the order of ranks."""
+    row, in the order of ranks. `fp8`: as of `Dispatcher`."""
     ranks, wanted_NR = slots_NR.shape[1], slots_NR > 0
     counts_R2 = torch.stack((wanted_NR.sum(0), slots_NR.sum(0)), dim=1)
     told_R2 = comm.all_to_all(counts_R2, *AXES)
@@ -172,9 +184,11 @@ def hop(
     indices = indices_NK[wanted_NR.t().nonzero()[:, 1]]
     came_probs = exchange(probs, comm, AXES, send, receive)
     came_indices = comm.all_to_all(indices, *AXES, send=send, receive=receive)
-    _, came = begin_exchange(rows, comm, AXES, send, receive)  # last: what is waited for before it would wait for it
+    _, came = begin_exchange(
+        rows, comm, AXES, send, receive, fp8
+    )  # last: what is waited for before it would wait for it
 
     def back(y_RD: Tensor) -> Tensor:
-        return moe_unpermute(exchange(y_RD, comm, AXES, receive, send), inverse, backend=backend)
+        return moe_unpermute(exchange(y_RD, comm, AXES, receive, send, fp8), inverse, backend=backend)
 
     return lambda: (came(), came_indices, came_probs, sum(slots), back)

@@ -20,10 +20,13 @@ SIZES = {"blockwise": 128, "mxfp8": 32, "nvfp4": 16}
 
 
 def fp8_lines(config: Config, precision: Precision, device: torch.device) -> list[str]:
-    """Modules in FP8 and their scales; those that are not; how products are made. Nothing without FP8."""
+    """Modules in FP8 and their scales; those that are not; what travels in it; how products are made.
+    Nothing without FP8."""
     recipe, name = fp8_recipe(config), config.precision.fp8
+    sent = ["fp8 dispatch: tokens to experts, their gradients back from them: e4m3, a power of two for each 128"]
+    sent = sent if config.precision.fp8_dispatch else []
     if name == "none":
-        return []
+        return sent
     layers, compute = config.model.layers, SHORT[precision.compute]
     chosen = fp8_layers(config)
     kept = [_layers(part) for part in (range(chosen.start), range(chosen.stop, layers)) if part]
@@ -45,11 +48,11 @@ def fp8_lines(config: Config, precision: Precision, device: torch.device) -> lis
         axes = "tp, cp and etp" if moe else "tp and cp"
         lines.append(f"blocks of {size} start anew with each rank's part of a tensor, as {axes} cut it")
     if recipe is None:
-        return [*lines, "nvfp4 products: exact emulation, quantised, widened and summed in float32"]
+        return [*lines, *sent, "nvfp4 products: exact emulation, quantised, widened and summed in float32"]
     recipes = recipe.blocks("input"), recipe.blocks("weight")
     made = decision("scaled_mm", device.type, precision.compute, recipes=recipes, aligned=True)
     emulated = ": exact emulation, quantised, widened and summed in float32" * (made.backend in ("native", "reference"))
-    return [*lines, f"fp8 products: {made}{emulated}"]
+    return [*lines, *sent, f"fp8 products: {made}{emulated}"]
 
 
 def _layers(chosen: range) -> str:

@@ -162,6 +162,8 @@ class Task:
     fp8: str = "none"
     states: str = "auto"
     communicate: str = "auto"
+    fp8_dispatch: bool = False
+    loss_scale: float = 1.0
     check: bool = False
     chunk_rows: int = 0
     """Rows of a chunk of the loss; 0: as many as the engine takes, which is all of so few."""
@@ -182,6 +184,7 @@ def configuration(layout: Layout, task: Task) -> Config:
     config.recompute.offload, config.precision.name = task.offload, task.precision
     config.precision.fp8, config.precision.states = task.fp8, task.states
     config.precision.communicate = task.communicate
+    config.precision.fp8_dispatch = task.fp8_dispatch
     return config
 
 
@@ -242,8 +245,10 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
         balance.begin()
         scales.begin()
         ahead = further_targets(batch, config.model.mtp)
-        sums = pipeline.train(microbatches(batch, comm.mesh, task.micro), valid, ahead)
+        sums = pipeline.train(microbatches(batch, comm.mesh, task.micro), valid, ahead, task.loss_scale)
         gradients.finish()
+        if task.loss_scale != 1.0:
+            gradients.scale(1.0 / task.loss_scale)
         norm, routed = gradients.global_norm().item(), balance.measure()
         loads.append(routed.numpy())
         if step == 1:

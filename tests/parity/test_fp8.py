@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megalite.parallel.fp8 import Fp8
+from megalite.parallel.fp8 import USUAL_BACKWARD, Fp8
 from tests.parity.layouts import Layout, Task, alone, errors, joined, trained, wrong
 
 AGREED = [
@@ -23,6 +23,20 @@ AGREED = [
     # Blocks lie inside what a rank has as they lie in the whole: these axes cut no tensor of a linear.
     ("blockwise", "untied", Layout(dp=4, zero=2)),
     ("mxfp8", "untied", Layout(dp=2, pp=2, chunks=2, schedule="interleaved")),
+    # Experts: a tensor is what one of them computes of one microbatch, wherever its tokens come from.
+    ("tensorwise", "experts", Layout(dp=2, pp=2, ep=2, schedule="zb_h1")),
+    ("tensorwise", "gpt-oss", Layout(tp=2, sp=True, cp=2, etp=2)),
+    ("tensorwise", "dropping", Layout(dp=2, tp=2, ep=2, dispatcher="all_gather", order="tp,cp,dp,pp")),
+    ("delayed", "gpt-oss", Layout(dp=4, ep=2, etp=2)),
+    ("delayed", "experts", Layout(cp=2, cp_kind="ulysses", zero=1)),
+    ("delayed", "dropping", Layout(tp=2, pp=2, etp=2, schedule="zbv", chunks=2)),
+    ("rowwise", "deepseek", Layout(dp=4, ep=4, dispatcher="node", node_ranks=2)),
+    ("rowwise", "expert choice", Layout(dp=2, cp=2, ep=2, zero=2)),
+    ("rowwise", "deepseek-v3", Layout(tp=2, sp=True, etp=2)),
+    ("blockwise", "dropping", Layout(dp=2, ep=2, zero=1)),
+    ("blockwise", "gpt-oss", Layout(dp=2, pp=2, ep=2, schedule="dualpipev", chunks=2)),
+    ("mxfp8", "experts", Layout(dp=4, ep=2, zero=2)),
+    ("mxfp8", "deepseek", Layout(dp=2, pp=2, schedule="zb_h2")),
 ]
 
 
@@ -32,19 +46,47 @@ def test_layouts_are_one_process(fp8: str, model: str, layout: Layout) -> None:
     assert wrong(trained(layout, task, threads=True), alone(layout, task)) == []
 
 
-@pytest.mark.parametrize("fp8", ["tensorwise", "delayed"])
-def test_gathered_weights_too(fp8: str) -> None:
-    layout, task = Layout(dp=2, tp=2, zero=3), Task("untied", steps=3, fp8=fp8)
+GATHERED = [
+    ("tensorwise", "untied", Layout(dp=2, tp=2, zero=3)),
+    ("delayed", "deepseek", Layout(dp=2, ep=2, zero=3)),
+    ("rowwise", "gpt-oss", Layout(dp=2, tp=2, etp=2, zero=3)),
+    ("blockwise", "deepseek", Layout(dp=2, zero=3)),
+    ("mxfp8", "experts", Layout(dp=2, ep=2, zero=3)),
+]
+
+
+@pytest.mark.parametrize(("fp8", "model", "layout"), GATHERED, ids=lambda of: str(of).replace(" ", ","))
+def test_gathered_weights_too(fp8: str, model: str, layout: Layout) -> None:
+    task = Task(model, steps=3, fp8=fp8)
     assert wrong(trained(layout, task), alone(layout, task)) == []
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(cp=2)], ids=str)
-def test_blocks_that_are_cut_otherwise_err_as_much_as_the_recipe(layout: Layout) -> None:
+def test_the_cases_meet_every_axis() -> None:
+    for recipe in USUAL_BACKWARD:
+        layouts = [layout for fp8, _, layout in (*AGREED, *GATHERED) if fp8 == recipe]
+        assert {3} <= {layout.zero for layout in layouts} and any(layout.pp > 1 for layout in layouts), recipe
+        assert any(layout.ep > 1 for layout in layouts), recipe
+    shared = [layout for fp8, _, layout in AGREED if fp8 in ("tensorwise", "rowwise", "delayed")]
+    assert all(any(getattr(layout, axis) > 1 for layout in shared) for axis in ("tp", "sp", "cp", "etp"))
+    assert {layout.zero for layout in (of[2] for of in (*AGREED, *GATHERED))} == {0, 1, 2, 3}
+
+
+CUT = [
+    ("mxfp8", "untied", Layout(tp=2)),
+    ("mxfp8", "untied", Layout(cp=2)),
+    ("blockwise", "untied", Layout(tp=2, sp=True)),
+    ("mxfp8", "experts", Layout(dp=2, etp=2)),
+    ("blockwise", "experts", Layout(cp=2, ep=2)),
+]
+
+
+@pytest.mark.parametrize(("fp8", "model", "layout"), CUT, ids=lambda of: str(of).replace(" ", ","))
+def test_blocks_that_are_cut_otherwise_err_as_much_as_the_recipe(fp8: str, model: str, layout: Layout) -> None:
     """A rank's part of 8 columns is a block of its own; together they were one of 16. Both gradients are as far from
     the exact one as the recipe is: a rounding to e4m3 errs by up to 2⁻⁴, by 2⁻⁴ / √3 in the root mean square; a product
     has two, and some 28 products lie on the way through two layers, forward and back: 2⁻⁴ · √(2 · 28 / 3) = 0.27."""
-    task = Task("untied", steps=1, fp8="mxfp8")
-    one, exact = alone(layout, task), alone(layout, Task("untied", steps=1))
+    task = Task(model, steps=1, fp8=fp8)
+    one, exact = alone(layout, task), alone(layout, Task(model, steps=1))
     ranks = trained(layout, task, threads=True)
     recipe, off = distance([one], [exact]), distance(ranks, [one])
     assert 0 < off < 2 * recipe and recipe < 0.27

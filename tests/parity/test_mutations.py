@@ -5,12 +5,13 @@ from typing import Any
 from tests.parity import (  # noqa: F401  register their faults
     mutations_of_attention,
     mutations_of_experts,
+    mutations_of_precision,
     mutations_of_steps,
 )
 from tests.parity.layouts import Layout, Task, alone, train, trained, wrong
 from tests.parity.mutations import MUTATIONS
 
-AT_LEAST = 78
+AT_LEAST = 95
 
 
 def train_with_fault(layout: Layout, task: Task, name: str) -> dict[str, Any]:

@@ -174,7 +174,8 @@ def job(folder: Path, *words: str) -> Trainer:
 
 def test_the_chosen_layers_are_in_it_and_the_header_says_so(tmp_path: Path) -> None:
     words = ("precision.fp8=delayed", "precision.fp8_skip_first=1", "precision.fp8_skip_last=2", "model.mtp=1")
-    trainer = job(tmp_path, *words, "model.moe.experts=2", "model.moe.shared_ffn=16")
+    words = (*words, "model.moe.experts=2", "model.moe.shared_ffn=16", "precision.fp8_dispatch=true")
+    trainer = job(tmp_path, *words)
     chosen = {name for name, m in trainer.stages[0].named_modules() if isinstance(m, Linear) and m.fp8 is not None}
     attention = {f"blocks.1.attention.{name}" for name in ("query", "key", "value", "output")}
     assert chosen == attention | {f"blocks.1.mlp.shared.{name}" for name in ("gate", "up", "down")}
@@ -182,6 +183,7 @@ def test_the_chosen_layers_are_in_it_and_the_header_says_so(tmp_path: Path) -> N
     assert "fp8 delayed: linears and experts of layer 1; e4m3, gradients e5m2; a scale a tensor" in said
     assert "fp32: layer 0, layers 2 to 3, embedding, norms" in said
     assert "multi-token modules; fp32 or wider: router" in said
+    assert "fp8 dispatch: tokens to experts" in said
     assert "exact emulation" in said
 
 

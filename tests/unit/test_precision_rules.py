@@ -46,6 +46,7 @@ CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
         ["model.moe.pad=true: with precision.fp8=delayed and model.mlp_bias"],
         [{"model__moe__pad": False}, {"model__mlp_bias": False}, {"precision__fp8": "none"}],
     ),
+    ({"precision__fp8_dispatch": True}, ["precision.fp8_dispatch=true: has no effect"], [{"model__moe__experts": 4}]),
     ({**DELAYED, "train__compile": True}, ["train.compile=true: not built"], [{"train__compile": False}]),
     (
         {**DELAYED, "parallel__engine": "deepspeed", "parallel__zero": 1},
