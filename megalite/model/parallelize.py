@@ -21,6 +21,7 @@ from megalite.parallel.deferred import DeferredWeights
 from megalite.parallel.experts import ONE_SOURCE, Sources, make_dispatcher
 from megalite.parallel.fp4 import Fp4, Text
 from megalite.parallel.fp8 import USUAL_BACKWARD, Fp8, Recipe
+from megalite.parallel.fp8_grouped import GroupedFp8
 from megalite.parallel.parameter import shard_parameters
 from megalite.parallel.tensor import TensorParallel
 
@@ -81,6 +82,17 @@ def fp8_recipe(config: Config) -> Recipe | None:
         return None
     usual = USUAL_BACKWARD[precision.fp8]
     return Recipe(precision.fp8, usual if precision.fp8_backward == "auto" else precision.fp8_backward)
+
+
+def fp8_weights(stage: nn.Module) -> dict[tuple[nn.Module, str], Fp8 | GroupedFp8]:
+    """How parameters, of a module by name, are multiplied whose tensors share a scale."""
+    found: dict[tuple[nn.Module, str], Fp8 | GroupedFp8] = {}
+    for module in stage.modules():
+        if isinstance(module, Linear) and module.fp8 is not None:
+            found[module, "weight"] = module.fp8
+        elif isinstance(module, Experts):
+            found |= {(module, name): fp8 for name, fp8 in module.fp8.items()}
+    return {key: fp8 for key, fp8 in found.items() if fp8.recipe.blocks("weight") == "tensorwise"}
 
 
 def fp8_layers(config: Config) -> range:

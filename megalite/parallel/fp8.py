@@ -90,6 +90,9 @@ class History:
         """The largest value of the last steps, or of each expert [experts]; None where nothing ever began."""
         return None if self.amax is None else self.amax[..., KINDS.index(kind)]
 
+    def knows(self, kind: Kind) -> bool:
+        return self.complete[KINDS.index(kind)]
+
     def note(self, kind: Kind, amax: Tensor) -> None:
         if self.seen is not None:
             seen = self.seen[..., KINDS.index(kind)]
@@ -116,6 +119,17 @@ class Fp8:
         tokens = ("cp", "tp") if split is None and sp else ("cp",)
         over = {"M": tokens, "N": ("tp",) * (split == "outputs"), "K": ("tp",) * (split == "inputs")}
         self.over = {dim: [axis for axis in axes if comm.mesh.size(axis) > 1] for dim, axes in over.items()}
+        self.gathered: Tensor | None = None
+
+    def gather(self, amax: Tensor) -> Tensor:
+        """The largest value that scales a weight whose own is `amax` [1], which those who gather it agreed on: it is
+        what scales the products of this weight from now on."""
+        if self.history is not None:
+            self.history.note("weight", amax)
+            if self.history.knows("weight") and (known := self.history.of("weight")) is not None:
+                amax = known.view(1)
+        self.gathered = amax
+        return amax
 
     def linear(
         self, x: Tensor, weight_NK: nn.Parameter, bias_N: Tensor | None, deferred: DeferredWeights | None
@@ -127,6 +141,8 @@ class Fp8:
     def quantized(self, kind: Kind, values: Tensor, dims: str) -> Factor:
         """A factor [rows, columns] of a product; its `dims` are two of M, N and K."""
         blocks, dtype, values = self.recipe.blocks(kind), self.recipe.dtype(kind), values.contiguous()
+        if kind == "weight" and self.gathered is not None:
+            return factor(values, blocks, dtype, self.gathered.view(1, 1))
         axes: Sequence[str] = ()
         if blocks == "tensorwise":
             axes = self.over[dims[0]] + self.over[dims[1]]
@@ -138,7 +154,7 @@ class Fp8:
         known = None
         if self.history is not None:
             self.history.note(kind, amax)
-            if self.history.complete[KINDS.index(kind)]:
+            if self.history.knows(kind):
                 known = self.history.of(kind)
         if known is None:
             amax = amax.nan_to_num(torch.inf, torch.inf)  # a library's max may lose a NaN

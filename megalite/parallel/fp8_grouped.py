@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megalite.comm import Communicator
 from megalite.parallel.experts import Sources
-from megalite.parallel.fp8 import KINDS, Factor, History, Kind, Recipe, factor, multiplied
+from megalite.parallel.fp8 import Factor, History, Kind, Recipe, factor, multiplied
 
 
 class GroupedFp8:
@@ -29,6 +29,15 @@ class GroupedFp8:
         self.sources = Sources.of(comm.mesh)
         cut = ["etp"] * (comm.mesh.size("etp") > 1)
         self.over = {"M": ["edp"] * self.sources.spread, "N": [], "K": []} | {"N" if split == "outputs" else "K": cut}
+        self.gathered: Tensor | None = None
+
+    def gather(self, amax_E: Tensor) -> Tensor:
+        """As of `Fp8`, of each expert."""
+        if self.history is not None:
+            self.history.note("weight", amax_E)
+            amax_E = self._known("weight", amax_E)
+        self.gathered = amax_E
+        return amax_E
 
     def product(self, x_MK: Tensor, weight_ENK: Tensor, offsets: Tensor, bias_EN: Tensor | None) -> Tensor:
         """[M, N] in x's dtype: rows offsets[p] to offsets[p + 1] times their expert's weightᵀ, plus its bias; rows
@@ -45,22 +54,30 @@ class GroupedFp8:
         elif blocks == "rowwise":
             axes = self.over[dims[1]]
         parts = [part.contiguous() for part in parts]
+        if kind == "weight" and self.gathered is not None:
+            amaxes = self.gathered.view(-1, 1, 1)
+            return [factor(part, blocks, dtype, amax) for part, amax in zip(parts, amaxes, strict=True)]
         if self.history is None and not axes:
             return [factor(part, blocks, dtype) for part in parts]
         found = [fp8_amax(part, recipe=blocks) for part in parts]
         amax = torch.cat([of.flatten() for of in found])
         if self.history is not None:
             self.history.note(kind, amax)
-        if self.history is None or not self.history.complete[KINDS.index(kind)]:
+        if self.history is None or not self.history.knows(kind):
             amax = self._agreed(amax, axes, len(parts))
-        if self.history is not None and (known := self.history.of(kind)) is not None:
-            known = known.repeat_interleave(len(amax) // len(known))
-            amax = torch.where(known > 0, known, amax)
+        amax = self._known(kind, amax)
         amaxes = amax.split([of.numel() for of in found])
         return [
             factor(part, blocks, dtype, agreed.view_as(of))
             for part, agreed, of in zip(parts, amaxes, found, strict=True)
         ]
+
+    def _known(self, kind: Kind, amax: Tensor) -> Tensor:
+        """What scales the parts: what their experts' histories say, where they say anything."""
+        if self.history is None or (known := self.history.of(kind)) is None:
+            return amax
+        known = known.repeat_interleave(len(amax) // len(known))
+        return torch.where(known > 0, known, amax)
 
     def _agreed(self, amax: Tensor, axes: Sequence[str], parts: int) -> Tensor:
         """The largest of all ranks', of each part equally many. Along edp by the place of a part's microbatch, for

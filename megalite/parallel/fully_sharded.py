@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from megalite.comm import Communicator
 from megalite.mesh import Mesh
 from megalite.parallel.data import Gradients, Piece, unowned
+from megalite.parallel.fp8_gather import Part, Products, gather_codes, parts_of
 from megalite.parallel.parameter import Placement, attach, declaration, dtype_of, initial_values, local, placement
 from megalite.precision import Precision
 
@@ -33,12 +34,14 @@ def shard_fully(
     device: torch.device,
     seed: int,
     precision: Precision,
+    products: Products | None = None,
 ) -> None:
     """Shard every weight of `stage` by rows over the mesh axis shard and give it initial values.
 
     The stage comes from the meta device, so a rank never holds more than its rows. `units`: modules of it that are
     gathered alone, the inner ones first, and the mesh axis that each is shared out along. Rows are in
-    `precision.main`, whole weights in `precision.compute`. What has no gradient stays whole.
+    `precision.main`, whole weights in `precision.compute`. What has no gradient stays whole. `products`: the weights
+    that travel as codes of FP8.
     """
     groups = {axis: comm.mesh.group(axis) or comm.mesh.alone() for axis in ("shard", "edp")}
     meshes = {axis: DeviceMesh.from_group(groups[axis], device.type) for axis in {"shard", *(a for _, a in units)}}
@@ -55,7 +58,8 @@ def shard_fully(
         sharded = fully_shard(
             module, mesh=meshes[axis], mp_policy=mixed, ignored_params=states, shard_placement_fn=place
         )
-        sharded.set_custom_all_gather(_Gather(comm, axis))  # type: ignore[arg-type]
+        parts = parts_of(sharded, products) if products else []
+        sharded.set_custom_all_gather(_Gather(comm, axis, parts))  # type: ignore[arg-type]
         sharded.set_custom_reduce_scatter(_Reduce(comm, axis, precision.communicate))  # type: ignore[arg-type]
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
@@ -171,9 +175,15 @@ class _Door:
 
 
 class _Gather(_Door):
+    def __init__(self, comm: Communicator, axis: str, parts: Sequence[Part]) -> None:
+        super().__init__(comm, axis)
+        self.parts = parts if any(part.fp8 is not None for part in parts) else []
+
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Any:
+        if self.parts:
+            return gather_codes(self.comm, self.axis, self.parts, output_tensor, input_tensor)
         return self.comm.all_gather_into(output_tensor, input_tensor, self.axis, async_op=async_op)
 
 

@@ -16,7 +16,7 @@ from megalite.data.bundle import DataBundle, prepare_data
 from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.model.experts import Experts
-from megalite.model.parallelize import parallelize
+from megalite.model.parallelize import fp8_weights, parallelize
 from megalite.model.size import flops_per_token, parameter_counts, query_dim, value_dim
 from megalite.model.transformer import Transformer
 from megalite.optim.optimizer import Optimizer
@@ -102,7 +102,8 @@ def make_stages(
         from megalite.parallel.fully_sharded import shard_fully  # FSDP2 takes two seconds to import
 
         for stage in stages:
-            shard_fully(stage, gathered_alone(stage), comm, device, config.train.seed, precision)
+            products = fp8_weights(stage) if precision.compute != torch.float16 else None
+            shard_fully(stage, gathered_alone(stage), comm, device, config.train.seed, precision, products)
     else:
         materialize(stages, device, config.train.seed, precision.compute)
     return stages
