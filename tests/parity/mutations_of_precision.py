@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megalite.comm import Communicator
 from megalite.model.router import Router
-from megalite.parallel import collectives
+from megalite.parallel import collectives, fp8_gather
 from megalite.parallel.data import Gradients
 from megalite.parallel.experts import Sources
 from megalite.parallel.fp8 import FORMATS, Factor, Fp8, History, Recipe
@@ -26,6 +26,7 @@ EXPERTS_DELAYED = (Layout(dp=2, ep=2), Task("experts", steps=3, fp8="delayed"))
 REPLICAS = (Layout(cp=2), Task("experts", steps=2, fp8="tensorwise"))
 CUT = (Layout(dp=2, etp=2), Task("gpt-oss", steps=2, fp8="rowwise"))
 DISPATCH = (Layout(dp=2, ep=2), Task("experts", steps=2, fp8_dispatch=True))
+GATHERED = (Layout(dp=2, zero=3), Task("untied", steps=2, fp8="tensorwise"))
 SCALED = (Layout(dp=2, ep=2), Task("deepseek-v3", steps=2, loss_scale=2.0**10))
 
 
@@ -155,6 +156,15 @@ def _() -> Patch:
         return result
 
     return around(collectives._Exchange, "forward", forward)
+
+
+@fault("fp8, zero 3: ranks make codes of their rows each by their own largest value", GATHERED)
+def _() -> Patch:
+    def apart(original: Any, *arguments: Any) -> Any:
+        with around(Communicator, "all_reduce", lambda *_, **__: None):
+            return original(*arguments)
+
+    return around(fp8_gather, "_agreed", apart)
 
 
 @fault("loss scale: not all ranks have the same", SCALED)

@@ -203,3 +203,13 @@ def test_microbatches_that_meet_are_those_of_the_mesh() -> None:
     assert of(1, tp=2, etp=2) == Sources((0,), 0, False)
     assert of(5, dp=2, cp=2, tp=2, ep=2, etp=2) == Sources((1,), 0, False)
     assert of(3, dp=3, tp=2, ep=3) == Sources((1, 2), 0, True)
+
+
+def test_experts_learn_nearly_as_in_float32(tmp_path: Path) -> None:
+    words = ("train.steps=8", "optim.lr=3e-3", "optim.warmup_steps=0", "model.layers=2", "model.moe.experts=4")
+    plain = [row.loss for row in job(tmp_path / "none", *words)]
+    assert plain[-1] < plain[0] - 0.5
+    for recipe, sent in (("delayed", False), ("blockwise", True)):
+        fp8 = (f"precision.fp8={recipe}", f"precision.fp8_dispatch={str(sent).lower()}")
+        losses = [row.loss for row in job(tmp_path / recipe, *words, *fp8)]
+        assert losses != plain and losses[-1] == pytest.approx(plain[-1], rel=0.01), recipe
