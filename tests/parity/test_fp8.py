@@ -33,6 +33,7 @@ AGREED = [
     ("rowwise", "deepseek", Layout(dp=4, ep=4, dispatcher="node", node_ranks=2)),
     ("rowwise", "expert choice", Layout(dp=2, cp=2, ep=2, zero=2)),
     ("rowwise", "deepseek-v3", Layout(tp=2, sp=True, etp=2)),
+    ("rowwise", "experts", Layout(tp=2, pp=2, ep=2, schedule="v_half", chunks=2)),
     ("blockwise", "dropping", Layout(dp=2, ep=2, zero=1)),
     ("blockwise", "gpt-oss", Layout(dp=2, pp=2, ep=2, schedule="dualpipev", chunks=2)),
     ("mxfp8", "experts", Layout(dp=4, ep=2, zero=2)),
