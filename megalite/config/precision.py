@@ -80,7 +80,7 @@ def fp8_reaches_a_layer(job: Job) -> Iterator[str]:
 def padding_sets_no_scale(job: Job) -> Iterator[str]:
     """Rows of zeros give zeros all the way through an expert, but for its biases."""
     model, fp8 = job.config.model, job.config.precision.fp8
-    if fp8 != "none" and model.moe.experts and model.moe.pad and model.mlp_bias:
+    if fp8 not in ("none", "nvfp4") and model.moe.experts and model.moe.pad and model.mlp_bias:
         yield f"model.moe.pad=true: with precision.fp8={fp8} and model.mlp_bias, what fills up sets scales; set false"
 
 

@@ -88,7 +88,7 @@ def fp8_weights(stage: nn.Module) -> dict[tuple[nn.Module, str], Fp8 | GroupedFp
     """How parameters, of a module by name, are multiplied whose tensors share a scale."""
     found: dict[tuple[nn.Module, str], Fp8 | GroupedFp8] = {}
     for module in stage.modules():
-        if isinstance(module, Linear) and module.fp8 is not None:
+        if isinstance(module, Linear) and isinstance(module.fp8, Fp8):
             found[module, "weight"] = module.fp8
         elif isinstance(module, Experts):
             found |= {(module, name): fp8 for name, fp8 in module.fp8.items()}
