@@ -68,7 +68,7 @@ def test_the_cases_meet_every_axis() -> None:
         assert {3} <= {layout.zero for layout in layouts} and any(layout.pp > 1 for layout in layouts), recipe
         assert any(layout.ep > 1 for layout in layouts), recipe
     shared = [layout for fp8, _, layout in AGREED if fp8 in ("tensorwise", "rowwise", "delayed")]
-    assert all(any(getattr(layout, axis) > 1 for layout in shared) for axis in ("tp", "sp", "cp", "etp"))
+    assert all(any(getattr(of, axis) > getattr(Layout, axis) for of in shared) for axis in ("tp", "sp", "cp", "etp"))
     assert {layout.zero for layout in (of[2] for of in (*AGREED, *GATHERED))} == {0, 1, 2, 3}
 
 
