@@ -110,6 +110,8 @@ def loss(optim: str, states: str, options: Options, folder: str, seed: int = 1) 
     """Validation loss of a training."""
     trainer = Trainer(load_config(*job(optim, states, options, folder, seed)), callbacks=[])
     trainer.fit()
+    if trainer.step < options.steps:
+        sys.exit(f"stopped after {trainer.step} of {options.steps} steps")
     return trainer.evaluate(EVALUATED)[0].loss
 
 
