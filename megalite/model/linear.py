@@ -1,5 +1,6 @@
 """A linear layer whose weight declares how tensor parallelism splits it."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from megalite_kernels import linear
@@ -32,6 +33,7 @@ class Linear(nn.Module):
         self.tp: TensorParallel = ALONE
         self.deferred: DeferredWeights | None = None  # the weight's gradient may be asked for later
         self.fp8: Fp8 | Fp4 | None = None
+        self.watch: Callable[[Tensor, Tensor], None] | None = None  # is told of every product's x and y
 
     def multiply_in(self, fp8: Fp8, steps: int) -> None:
         """Multiply so from now on; `steps` of history where that scales by one."""
@@ -47,5 +49,11 @@ class Linear(nn.Module):
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.fp8 is not None:
-            return self.fp8.linear(x, self.weight, bias, self.deferred)
-        return linear(x, self.weight, bias) if self.deferred is None else self.deferred.linear(x, self.weight, bias)
+            y = self.fp8.linear(x, self.weight, bias, self.deferred)
+        elif self.deferred is not None:
+            y = self.deferred.linear(x, self.weight, bias)
+        else:
+            y = linear(x, self.weight, bias)
+        if self.watch is not None:
+            self.watch(x, y)
+        return y

@@ -29,8 +29,11 @@ def experts_block(rows: Sequence[Row]) -> str:
         for title, curves in charts
     )
     step, layers = routed[-1]
-    loads = [(f"layer {name}", layer["load"]) for name, layer in layers.items()]
-    return f'<div class="grid2">{cards}</div>{heat_map(f"Load of each expert in step {step} (1: even)", loads)}'
+    even = [(f"layer {name}", [x * len(layer["load"]) for x in layer["load"]]) for name, layer in layers.items()]
+    title = f"Load of each expert in step {step} (1: even)"
+    # Twice the even share is full.
+    load = heat_map(title, even, lambda times: times / 2, lambda expert, times: f"expert {expert}: {times:.2f}")
+    return f'<div class="grid2">{cards}</div>{load}'
 
 
 def _layers(row: Row) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from megalite.progress import duration, quantity
 from megalite.report.experts import experts_block
 from megalite.report.page import page, section, table, tiles
 from megalite.report.run_folder import Row, RunFolder, number, read_run
+from megalite.report.statistics import statistics_block
 from megalite.report.svg import Series, bar_chart, line_chart, smoothed
 
 MAX_EVENTS = 300
@@ -49,6 +50,7 @@ def render(run: RunFolder) -> str:
         section("Validation bits per byte", _baseline_block(run)),
         f'<h2>Curves</h2><div class="grid2">{curves}</div>' if curves else "",
         section("Experts", experts_block(run.metrics)),
+        section("Numbers", statistics_block(run.metrics)),
         section(
             "Sampled text", f'<div class="scroll"><pre>{html.escape(run.sample)}</pre></div>' if run.sample else ""
         ),

@@ -7,7 +7,7 @@ import html
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 640, 250
@@ -85,21 +85,23 @@ def bar_chart(title: str, rows: Sequence[tuple[str, float, bool]], unit: str) ->
     return f'<svg class="bars" viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
 
 
-def heat_map(title: str, rows: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """A row of cells for each (label, shares of one): the deeper, the further above even; twice the even share is
-    full."""
+def heat_map(
+    title: str, rows: Sequence[tuple[str, Sequence[float]]], depth: Callable[[float], float],
+    words: Callable[[int, float], str],
+) -> str:  # fmt: skip
+    """A row of cells for each (label, values), as deep as `depth` says, from 0 to 1; `words`: of a cell's place in its
+    row and its value."""
     label_width, cell_height = 80, max(6, min(22, 600 // len(rows)))
     parts = [f"<title>{html.escape(title)}</title>", _text(0, 14, title, "start", "label bold")]
-    for place, (label, shares) in enumerate(rows):
-        width, y = (WIDTH - label_width) / len(shares), 22 + place * cell_height
+    for place, (label, values) in enumerate(rows):
+        width, y = (WIDTH - label_width) / len(values), 22 + place * cell_height
         if cell_height >= 12:
             parts.append(_text(0, y + cell_height - 5, label, "start"))
-        for number, share in enumerate(shares):
-            times_even = share * len(shares)
+        for number, value in enumerate(values):
             parts.append(
                 f'<rect class="bar s0" x="{label_width + number * width:.1f}" y="{y}" width="{width:.2f}"'
-                f' height="{cell_height - 1}" fill-opacity="{min(times_even / 2, 1):.2f}">'
-                f"<title>{html.escape(label)}, expert {number}: {times_even:.2f}</title></rect>"
+                f' height="{cell_height - 1}" fill-opacity="{min(max(depth(value), 0), 1):.2f}">'
+                f"<title>{html.escape(label)}, {html.escape(words(number, value))}</title></rect>"
             )
     height = 26 + cell_height * len(rows)
     return f'<svg class="bars" viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'

@@ -21,6 +21,7 @@ class StepMetrics:
     `val_*`: set on the steps that evaluate. `experts`: see `Balance.described`. `mtp_loss`: nats a token, the mean over
     the multi-token modules. `loss_scale`: of this step, with precision=fp16. `numerics`: see `Numerics.first`, of a
     skipped step with debug.numerics. `spike`: of what the step was one. `rewinds`: spikes left behind so far.
+    `statistics`: by module, see `train/statistics.py`; on the steps of log.statistics.
     """
 
     step: int
@@ -44,6 +45,7 @@ class StepMetrics:
     numerics: dict[str, Any] | None = None
     spike: str | None = None
     rewinds: int | None = None
+    statistics: dict[str, Any] | None = None
 
 
 class TrainerView(Protocol):
@@ -86,4 +88,10 @@ class Callback:
 def logged(config: Config, metrics: StepMetrics) -> bool:
     """Whether this step gets a row and a line: every log.every steps, the last one, and whenever something happened."""
     due = metrics.step % config.log.every == 0 or metrics.step == config.train.steps
-    return due or metrics.skipped or metrics.val_loss is not None or metrics.spike is not None
+    return (
+        due
+        or metrics.skipped
+        or metrics.val_loss is not None
+        or metrics.spike is not None
+        or metrics.statistics is not None
+    )

@@ -36,6 +36,7 @@ from megalite.train.observers import make_observers
 from megalite.train.resume import resume, rewind, training_state
 from megalite.train.run_folder import RunFolder, check_free_space, run_path
 from megalite.train.spikes import Spikes
+from megalite.train.statistics import Statistics
 from megalite.train.whole_model import gathered_model
 from megalite.world import join, world_from_environment
 
@@ -83,6 +84,7 @@ class Trainer:
         self.balance = Balance(self.stages, self.comm, config.model)
         self.scales = DelayedScales(self.stages, self.comm)
         self.numerics = Numerics(self.stages, self.pipeline, self.gradients, self.comm, config.debug.numerics)
+        self.statistics = Statistics(self.stages, self.comm, config.log.statistics)
         self.store = CheckpointStore(self.run_dir / "checkpoints", self.comm, config.checkpoint.keep)
         state_bytes = self.optimizer.state_bytes()
         if config.checkpoint.final or config.checkpoint.every:
@@ -139,6 +141,7 @@ class Trainer:
         self.balance.begin()
         self.scales.begin()
         self.numerics.begin()
+        self.statistics.begin(step)
         scale = self.loss_scale.value
         sums = self.pipeline.train(microbatches, tokens, ahead, scale)
         self.gradients.finish()
@@ -169,7 +172,8 @@ class Trainer:
         scaled = scale if self.loss_scale.dynamic else None
         experts = self.balance.described(routed)
         metrics = replace(metrics, spike=spike or None, rewinds=self.spikes.rewinds or None, numerics=found)
-        return replace(metrics, experts=experts, mtp_loss=mtp_loss, loss_scale=scaled)
+        measured = self.statistics.measure()
+        return replace(metrics, experts=experts, mtp_loss=mtp_loss, loss_scale=scaled, statistics=measured)
 
     def whole_model(self) -> Transformer | None:
         """The model as one process holds it, on rank 0; None elsewhere. A collective."""

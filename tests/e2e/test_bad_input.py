@@ -89,6 +89,11 @@ CONFIGURATION = {
         "train.spike_rewinds=2: needs checkpoints to go back to",
     ),
     "fewer rewinds than none": (["train", "train.spike_rewinds=-1"], "train.spike_rewinds=-1: too small; at least 0"),
+    "measured less often than never": (["train", "log.statistics=-5"], "log.statistics=-5: too small; at least 0"),
+    "products of another engine": (
+        ["train", "log.statistics=5", "parallel.engine=deepspeed", "parallel.zero=1"],
+        "log.statistics=5: not built for parallel.engine=deepspeed",
+    ),
     "modules that a compiler has melted": (
         ["train", "debug.numerics=true", "train.compile=true"],
         "debug.numerics=true: not with train.compile",

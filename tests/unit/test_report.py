@@ -12,6 +12,7 @@ import pytest
 from megalite.errors import UserError
 from megalite.report.experts import experts_block
 from megalite.report.run_report import summary, write_report
+from megalite.report.statistics import statistics_block
 from megalite.report.svg import MAX_POINTS, Series, bar_chart, line_chart, log_ticks, short, smoothed, ticks
 
 HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(1)> \"' & http://evil.example/x.js"
@@ -266,3 +267,41 @@ def test_experts_are_shown_as_a_heat_map() -> None:
 ])  # fmt: skip
 def test_what_is_no_record_of_experts_is_left_out(experts: Any) -> None:
     assert experts_block([{"step": 1, "experts": experts}]) == ""
+
+
+def module(sqnr: float | None, underflow: float, scale: float | None = None) -> dict[str, Any]:
+    factor = {"amax": 1.0, "underflow": underflow, "saturation": 0.0} | ({"scale": scale} if scale else {})
+    product = {"sqnr_db": sqnr, "underflow": 0.0, "overflow": 1e-3}
+    return {"input": factor, "weight": factor, "gradient": factor, "output": product}
+
+
+def measured(step: int, **modules: dict[str, Any]) -> dict[str, Any]:
+    return {"step": step, "statistics": {name.replace("_", "."): of for name, of in modules.items()}}
+
+
+def test_statistics_are_shown_by_layer_and_step() -> None:
+    """The worst module of a layer in each cell: 15 dB is three quarters deep, a thousandth half of the way to all."""
+    first = measured(5, blocks_0_up=module(30.0, 0.0, 2.0), blocks_0_down=module(15.0, 1e-6, 8.0))
+    second = measured(10, blocks_0_up=module(45.0, 1.0, 4.0), blocks_0_down=module(60.0, 0.0, 4.0))
+    page = Page(statistics_block([first, {"step": 6}, second]))
+    cells = [attributes["fill-opacity"] for tag, attributes in page.tags if tag == "rect"]
+    assert cells == ["0.75", "0.25", "0.00", "1.00", "0.50", "0.50"]
+    assert "layer 0, step 5: 15.0 dB" in page.text and "layer 0, step 10: 1.00e+00" in page.text
+    chart = next(attributes for tag, attributes in page.tags if attributes.get("class") == "chart")
+    assert [curve["y"] for curve in json.loads(chart["data-chart"])] == [pytest.approx([4.0, 4.0])] * 3
+
+
+def test_products_without_noise_leave_their_cells_empty() -> None:
+    page = Page(
+        statistics_block([measured(1, blocks_3_up=module(None, 0.0)), measured(2, blocks_3_up=module(30.0, 0.0))])
+    )
+    cells = [attributes["fill-opacity"] for tag, attributes in page.tags if tag == "rect"]
+    assert cells[:2] == ["0.00", "0.50"] and "layer 3, step 1: none" in page.text
+    assert "Scale of a tensor" not in page.text
+
+
+@pytest.mark.parametrize("statistics", [None, 7, [], {}, {"blocks.0.up": 3}, {"head": module(1.0, 0.0)},
+    {"blocks.0.up": {}}, {"blocks.0.up": {"output": {"sqnr_db": "<b>"}}}, {"blocks.x.up": module(1.0, 0.0)},
+])  # fmt: skip
+def test_what_is_no_record_of_statistics_is_left_out(statistics: Any) -> None:
+    assert statistics_block([{"step": 1, "statistics": statistics}]) == ""

@@ -10,6 +10,7 @@ from megalite.config.watch import RULES
 from tests.unit.test_config_rules import changed
 
 NUMERICS = {"debug__numerics": True}
+STATISTICS = {"log__statistics": 50}
 DEEPSPEED = {"parallel__engine": "deepspeed", "parallel__zero": 1}
 MEGALITE = {"parallel__engine": "megalite"}
 FACTOR, LIMIT, EVERY = "train__spike_factor", "train__spike_rewinds", "checkpoint__every"
@@ -24,6 +25,21 @@ CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
         {**NUMERICS, **DEEPSPEED},
         ["debug.numerics=true: not built for parallel.engine=deepspeed"],
         [{"debug__numerics": False}, MEGALITE],
+    ),
+    (
+        {**STATISTICS, "train__compile": True},
+        ["log.statistics=50: not with train.compile"],
+        [{"train__compile": False}, {"log__statistics": 0}],
+    ),
+    (
+        {**STATISTICS, "precision__fp8": "nvfp4"},
+        ["log.statistics=50: not built for precision.fp8=nvfp4"],
+        [{"log__statistics": 0}, {"precision__fp8": "mxfp8"}],
+    ),
+    (
+        {**STATISTICS, **DEEPSPEED},
+        ["log.statistics=50: not built for parallel.engine=deepspeed"],
+        [{"log__statistics": 0}, MEGALITE],
     ),
     ({FACTOR: 2.0}, ["train.spike_factor=2: takes noise for spikes", "at least 3"], [{FACTOR: 3.0}, {FACTOR: 0.0}]),
     ({**REWINDS, FACTOR: 0.0}, ["train.spike_rewinds=2: has no effect"], [{FACTOR: 10.0}, {LIMIT: 0}]),
@@ -41,6 +57,13 @@ def test_one_violation_one_line_and_its_remedies(
         assert part in line
     for remedy in remedies:
         assert violations(changed(**(values | remedy)), 1) == [], remedy
+
+
+def test_products_in_pieces_are_not_measured() -> None:
+    values = {**STATISTICS, "parallel__tp": 2, "parallel__sp": True, "parallel__overlap": True}
+    (line,) = violations(changed(**values), 2)
+    assert "log.statistics=50: not with parallel.overlap" in line
+    assert violations(changed(**(values | {"parallel__overlap": False})), 2) == []
 
 
 def test_every_rule_can_fail() -> None:
