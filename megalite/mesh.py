@@ -17,11 +17,11 @@ AXES = ("pp", "dp", "cp", "tp")
 EXPERT_AXES = ("edp", "ep", "etp")
 REPLICA_AXES = ("copy", "shard")
 USUAL_GROUPS = (
-    ("pp",), ("dp",), ("cp",), ("tp",), ("ring",), ("ulysses",), ("dp", "cp"), ("dp", "cp", "tp"), ("cp", "tp"),
-    ("edp",), ("ep",), ("etp",), ("ep", "etp"), ("edp", "ep", "etp"),
+    AXES, ("pp",), ("dp",), ("cp",), ("tp",), ("ring",), ("ulysses",), ("dp", "cp"), ("dp", "cp", "tp"), ("cp", "tp"),
+    ("edp",), ("ep",), ("etp",), ("ep", "etp"), ("edp", "ep", "etp"), ("copy",), ("shard",),
 )  # fmt: skip
-"""What the engine communicates over, besides the whole world. Some only layers of a kind use: they are here because a
-stage without such layers would not make them."""
+"""What the engine communicates over. Some only layers of a kind use: they are here because a stage without such layers
+would not make them."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ class Mesh:
         if not self._groups:
             for usual in USUAL_GROUPS:
                 self._make(self.ranks(*usual))
+        assert places is not None or tuple(ranks) in self._groups, f"add {axes} to USUAL_GROUPS: members must agree"
         self._make(ranks)
         return self._groups[tuple(ranks)]
 

@@ -1,5 +1,7 @@
 """The mesh against a brute-force reading of its definition, for every factorisation of small worlds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import combinations, product
 from unittest.mock import patch
 
@@ -88,18 +90,45 @@ def test_a_gather_has_the_order_of_the_axes_however_they_lie_over_the_ranks(
         assert all(found == list(range(len(found))) for found in seen.values()), seen
 
 
+@contextmanager
+def recorded(groups: list[list[int]]) -> Iterator[None]:
+    """Without processes: `groups` gets the ranks of every group that is made."""
+    made = patch.object(dist, "new_group", lambda ranks, **_: groups.append(ranks) or ranks)
+    with made, patch.object(type(dist.group), "WORLD", "world"):
+        yield
+
+
 def test_stages_that_communicate_over_less_have_made_as_many_groups() -> None:
     """torch names a group by its ranks and the number of groups before, so the members of one must agree on both: here
     of a tied embedding's, where the first stage has no layers and so no matrices that Muon would gather."""
     made: dict[int, list[list[int]]] = {0: [], 8: []}
     for rank, groups in made.items():
         mesh = Mesh({"pp": 3, "dp": 2, "cp": 1, "tp": 2}, rank)
-        with patch.object(dist, "new_group", lambda ranks, groups=groups, **_: groups.append(ranks) or ranks):
+        with recorded(groups):
             if rank == 8:
                 mesh.group("dp", "cp", "tp")
             mesh.group("pp", places=[0, 2])
     assert made[0][-1] == made[8][-1] == [0, 8]
     assert len(made[0]) == len(made[8])
+
+
+def test_the_world_in_another_order_is_made_before_a_tied_embeddings_group() -> None:
+    """The stages between have no such group, and would name the world's by one group less."""
+    made: dict[int, list[list[int]]] = {0: [], 1: []}
+    for rank, groups in made.items():
+        mesh = Mesh({"pp": 4, "dp": 1, "cp": 2, "tp": 1}, rank, order=("tp", "cp", "dp", "pp"))
+        with recorded(groups):
+            if rank == 0:
+                mesh.group("pp", places=[0, 3])
+            mesh.group("pp", "dp", "cp", "tp")
+    everyone = [0, 4, 1, 5, 2, 6, 3, 7]
+    assert made[0].index(everyone) == made[1].index(everyone)
+
+
+def test_a_group_that_not_all_stages_would_make_is_refused() -> None:
+    mesh = Mesh({"pp": 2, "dp": 2, "cp": 1, "tp": 2}, 0)
+    with recorded([]), pytest.raises(AssertionError, match="USUAL_GROUPS"):
+        mesh.group("pp", "tp")
 
 
 def test_world_of_a_plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
