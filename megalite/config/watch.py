@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from megalite.config.rules import Job, Rules
 
 RULES = Rules()
-LEAST_FACTOR = 3
-"""One in 700 steps of normal noise."""
 
 
 @RULES.reads("debug.numerics", "train.compile", "parallel.engine")
@@ -20,17 +18,12 @@ def modules_can_be_watched(job: Job) -> Iterator[str]:
         yield "debug.numerics=true: not built for parallel.engine=deepspeed; set false, or parallel.engine=megalite"
 
 
-@RULES.reads("train.spike_factor", "train.spike_rewinds", "checkpoint.every", "parallel.engine")
+@RULES.reads("train.spike_rewinds", "checkpoint.every", "parallel.engine")
 def spikes_can_be_left_behind(job: Job) -> Iterator[str]:
-    train, config = job.config.train, job.config
-    if 0 < train.spike_factor < LEAST_FACTOR:
-        given = f"train.spike_factor={train.spike_factor:g}"
-        yield f"{given}: takes noise for spikes; at least {LEAST_FACTOR}, or 0 for none"
-    if train.spike_rewinds == 0:
+    config = job.config
+    which = f"train.spike_rewinds={config.train.spike_rewinds}"
+    if not config.train.spike_rewinds:
         return
-    which = f"train.spike_rewinds={train.spike_rewinds}"
-    if train.spike_factor == 0:
-        yield f"{which}: has no effect with train.spike_factor=0; set that, to 10 for example, or 0 here"
     if config.checkpoint.every == 0:
         yield f"{which}: needs checkpoints to go back to; add for example checkpoint.every=100"
     if config.parallel.engine == "deepspeed":

@@ -10,6 +10,8 @@ from megalite.config.schema import TrainConfig
 
 WINDOW = 128
 """Steps that a step is compared with (as OLMo-core's SkipStepOptimizer)."""
+FACTOR = 10.0
+"""Deviations above the median that make a spike."""
 FEWEST = 20
 """Of them there must be so many before anything is called a spike."""
 NORMAL = 1.4826
@@ -43,7 +45,7 @@ class Spikes:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Spikes":
-        return cls(config.spike_factor, config.spike_rewinds)
+        return cls() if config.spike_rewinds is None else cls(FACTOR, config.spike_rewinds)
 
     @property
     def kept(self) -> bool:
@@ -72,7 +74,7 @@ class Spikes:
         return f"{name} {value:.4g} is {times:.3g} deviations above {median:.4g}, the median of {len(before)} steps"
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; factor and limit are the configuration's."""
+        """What a checkpoint keeps; the limit is the configuration's."""
         return {
             "rewinds": self.rewinds, "skipped": self.skipped, "losses": list(self.losses), "norms": list(self.norms)
         }  # fmt: skip

@@ -80,12 +80,8 @@ CONFIGURATION = {
     "bad split": (["train", "data.split=most"], "data.split=most"),
     "run name outside runs/": (["train", "run.name=../x"], "run.name=../x"),
     "no word for yes": (["train", "debug.numerics=maybe"], "debug.numerics=maybe: expects true or false"),
-    "noise for a spike": (
-        ["train", "train.spike_factor=1"],
-        "train.spike_factor=1: takes noise for spikes; at least 3",
-    ),
     "nowhere to rewind to": (
-        ["train", "train.spike_factor=10", "train.spike_rewinds=2"],
+        ["train", "train.spike_rewinds=2"],
         "train.spike_rewinds=2: needs checkpoints to go back to",
     ),
     "fewer rewinds than none": (["train", "train.spike_rewinds=-1"], "train.spike_rewinds=-1: too small; at least 0"),

@@ -17,6 +17,7 @@ import torch
 from megalite import Trainer, load_config
 from megalite.data.training import GptSamples
 from megalite.errors import UserError
+from megalite.train import spikes
 from megalite.train.callback import StepMetrics
 from megalite.train.spikes import FEWEST, WINDOW, Spikes
 from tests.faults.test_resume import Job, outcome
@@ -26,9 +27,11 @@ from tests.tiny_job import tiny_job
 BATCH = 8
 JOB = (
     *("train.steps=36", "train.micro_batch=2", "optim.lr=0.003", "train.eval_every=0", "optim.schedule=constant"),
-    *("checkpoint.every=5", "train.spike_factor=3.5", "train.dry_run=false", "optim.warmup_steps=0"),
+    *("checkpoint.every=5", "train.dry_run=false", "optim.warmup_steps=0"),
 )
 REWINDS = "train.spike_rewinds=2"
+FACTOR = 3.5
+"""Within so few steps the fall of the loss makes the deviation large."""
 
 
 def poisoned(numbers: Sequence[int]) -> Any:
@@ -46,13 +49,13 @@ def poisoned(numbers: Sequence[int]) -> Any:
 
 def course(folder: Path, numbers: Sequence[int], words: Sequence[str]) -> tuple[list[StepMetrics], int]:
     """The metrics, as they are yielded, and how many batches were skipped."""
-    plain = GptSamples.batch
-    GptSamples.batch = poisoned(numbers)  # type: ignore[method-assign]
+    plain, usual = GptSamples.batch, spikes.FACTOR
+    GptSamples.batch, spikes.FACTOR = poisoned(numbers), FACTOR  # type: ignore[method-assign]
     try:
         trainer = Trainer(load_config(*tiny_job(*JOB, f"run.dir={folder}", *words)))
         return list(trainer), trainer.spikes.skipped
     finally:
-        GptSamples.batch = plain  # type: ignore[method-assign]
+        GptSamples.batch, spikes.FACTOR = plain, usual  # type: ignore[method-assign]
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -71,38 +74,38 @@ def numbers(rows: Sequence[Any]) -> list[tuple[float, float]]:
 def test_only_what_stands_out_is_a_spike() -> None:
     """Beside the median and its deviation computed here; noise and a falling loss are none."""
     chance = random.Random(1)
-    spikes, losses = Spikes(factor=8), []
+    seen_so_far, losses = Spikes(factor=8), []
     for step in range(500):
         loss = 3 + 4 * math.exp(-step / 40) + chance.gauss(0, 0.05)
         norm = math.exp(chance.gauss(0, 0.2))
-        assert spikes.see(loss, norm) == "", step
+        assert seen_so_far.see(loss, norm) == "", step
         losses.append(loss)
     last = losses[-WINDOW:]
     median = statistics.median(last)
     deviation = 1.4826 * statistics.median(abs(x - median) for x in last)
     for times, found in ((7.9, False), (8.1, True)):
-        seen = Spikes(8, losses=spikes.losses.copy(), norms=spikes.norms.copy())
+        seen = Spikes(8, losses=seen_so_far.losses.copy(), norms=seen_so_far.norms.copy())
         assert bool(seen.see(median + times * deviation, 1.0)) == found
-    assert "gradient norm" in Spikes(8, losses=spikes.losses, norms=spikes.norms).see(median, 100.0)
+    assert "gradient norm" in Spikes(8, losses=seen_so_far.losses, norms=seen_so_far.norms).see(median, 100.0)
 
 
 def test_a_few_steps_or_steps_all_alike_make_no_spike() -> None:
-    spikes = Spikes(factor=8)
-    assert [spikes.see(5.0 if n < FEWEST - 1 else 50.0, 1.0) for n in range(FEWEST)] == [""] * FEWEST
+    seen_so_far = Spikes(factor=8)
+    assert [seen_so_far.see(5.0 if n < FEWEST - 1 else 50.0, 1.0) for n in range(FEWEST)] == [""] * FEWEST
     alike = Spikes(factor=8)
     assert [alike.see(5.0 + 1e-3 * (n == 30), 1.0) for n in range(40)] == [""] * 40
     assert alike.see(5.1, 1.0)
 
 
 def test_spikes_in_the_window_hide_no_other() -> None:
-    spikes = Spikes(factor=8)
-    seen = [bool(spikes.see(50.0 if n >= 60 else 5.0, 1.0)) for n in range(100)]
+    seen_so_far = Spikes(factor=8)
+    seen = [bool(seen_so_far.see(50.0 if n >= 60 else 5.0, 1.0)) for n in range(100)]
     assert seen == [n >= 60 for n in range(100)]
 
 
 def test_without_rewinds_a_spike_is_said_and_trained_on(tmp_path: Path) -> None:
-    rows, skipped = course(tmp_path / "a", [28], [])
-    plain, _ = course(tmp_path / "b", [28], ["train.spike_factor=0"])
+    rows, skipped = course(tmp_path / "a", [28], ["train.spike_rewinds=0"])
+    plain, _ = course(tmp_path / "b", [28], [])
     assert numbers(rows) == numbers(plain) and skipped == 0
     assert [row.step for row in rows if row.spike] == [28] and plain[27].spike is None
     (event,) = events(tmp_path / "a", "spike")
@@ -159,7 +162,7 @@ def test_without_a_checkpoint_it_goes_on(tmp_path: Path) -> None:
 
 def test_too_little_data_is_said(tmp_path: Path) -> None:
     course(tmp_path, [28], [REWINDS, "train.steps=30"])
-    with pytest.raises(UserError, match=r"train\.spike_rewinds: 0 leaves too little data .* set 2"):
+    with pytest.raises(UserError, match=r"train\.spike_rewinds: None leaves too little data .* set 2"):
         course(tmp_path, [28], ["train.steps=36"])
 
 
@@ -169,6 +172,7 @@ def test_killed_after_a_rewind_it_does_the_same_again(
 ) -> None:
     """Once before a checkpoint of the new course, once behind one."""
     monkeypatch.setattr(GptSamples, "batch", poisoned([28]))
+    monkeypatch.setattr(spikes, "FACTOR", FACTOR)
     words = (*JOB, REWINDS, "train.final_eval=false")
     Job(tmp_path / "whole", world, *words).finish()
     expected_rows, expected = outcome(tmp_path / "whole")

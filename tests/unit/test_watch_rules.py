@@ -13,8 +13,8 @@ NUMERICS = {"debug__numerics": True}
 STATISTICS = {"log__statistics": 50}
 DEEPSPEED = {"parallel__engine": "deepspeed", "parallel__zero": 1}
 MEGALITE = {"parallel__engine": "megalite"}
-FACTOR, LIMIT, EVERY = "train__spike_factor", "train__spike_rewinds", "checkpoint__every"
-REWINDS = {FACTOR: 10.0, LIMIT: 2, EVERY: 50}
+LIMIT, EVERY = "train__spike_rewinds", "checkpoint__every"
+REWINDS = {LIMIT: 2, EVERY: 50}
 CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
     (
         {**NUMERICS, "train__compile": True},
@@ -41,8 +41,6 @@ CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
         ["log.statistics=50: not built for parallel.engine=deepspeed"],
         [{"log__statistics": 0}, MEGALITE],
     ),
-    ({FACTOR: 2.0}, ["train.spike_factor=2: takes noise for spikes", "at least 3"], [{FACTOR: 3.0}, {FACTOR: 0.0}]),
-    ({**REWINDS, FACTOR: 0.0}, ["train.spike_rewinds=2: has no effect"], [{FACTOR: 10.0}, {LIMIT: 0}]),
     ({**REWINDS, EVERY: 0}, ["train.spike_rewinds=2: needs checkpoints"], [{EVERY: 100}, {LIMIT: 0}]),
     ({**REWINDS, **DEEPSPEED}, ["train.spike_rewinds=2: not built for parallel.engine"], [{LIMIT: 0}, MEGALITE]),
 ]
