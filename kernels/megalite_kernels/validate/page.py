@@ -16,8 +16,8 @@ from megalite_kernels.validate.case import Case, Sweep
 from megalite_kernels.validate.faults import FAULTS
 from megalite_kernels.validate.levels import Safety
 
-OLDEST = """With 3.6.0, the oldest supported, one launch of each kernel, kind of input and chip was compiled by hand (320 of
-1,040): all compile, and two spill a little, attention's gradients of keys and values with heads of 64 over documents 16
+OLDEST = """With 3.6.0, the oldest supported, one launch of each kernel, kind of input and chip was compiled (320 of
+1,040). All compile; two spill a little: attention's gradients of keys and values with heads of 64 over documents 16
 bytes on sm_90, layer_norm's gradients 8 bytes on sm_100."""
 HEAD = """# Kernels and the evidence for them
 
