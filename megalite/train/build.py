@@ -102,7 +102,9 @@ def make_stages(
         from megalite.parallel.fully_sharded import shard_fully  # FSDP2 takes two seconds to import
 
         for stage in stages:
-            products = fp8_weights(stage) if precision.compute != torch.float16 else None
+            # Statistics hold products against those of whole weights, which codes are not.
+            in_codes = precision.compute != torch.float16 and not config.log.statistics
+            products = fp8_weights(stage) if in_codes else None
             shard_fully(stage, gathered_alone(stage), comm, device, config.train.seed, precision, products)
     else:
         materialize(stages, device, config.train.seed, precision.compute)

@@ -66,9 +66,9 @@ def _() -> Patch:
 @fault("multi-token: divided by the model's own targets", MTP_DP)
 def _() -> Patch:
     def divided(
-        original: Any, self: Pipeline, batches: Sequence[Batch], tokens: float, ahead: Sequence[float]
+        original: Any, self: Pipeline, batches: Sequence[Batch], tokens: float, ahead: Sequence[float], *rest: Any
     ) -> Tensor:
-        sums: Tensor = original(self, batches, tokens, [tokens] * len(ahead))
+        sums: Tensor = original(self, batches, tokens, [tokens] * len(ahead), *rest)
         return sums
 
     return around(Pipeline, "train", divided)

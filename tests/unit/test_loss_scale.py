@@ -21,7 +21,8 @@ from tests.tiny_job import tiny_job
 
 
 def scale(window: int = 3, hysteresis: int = 2, value: float = 16.0) -> LossScale:
-    return LossScale.of(PrecisionConfig("fp16", value, window, hysteresis), scaled=True)
+    config = PrecisionConfig("fp16", loss_scale=value, loss_scale_window=window, loss_scale_hysteresis=hysteresis)
+    return LossScale.of(config, scaled=True)
 
 
 def course(machine: LossScale, seen: str) -> list[float]:
