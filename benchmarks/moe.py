@@ -9,17 +9,16 @@ a ratio is taken within a round: above 1 ours is faster. All run with freed memo
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from megalite_kernels import tune_allocator
+from peers.options import given
 from torch import Tensor, nn
 
 from megalite.config import schema
-from megalite.config.options import HelpRequested, parse_options
 from megalite.config.schema import ModelConfig, MoEConfig
 from megalite.model.attention import Context
 from megalite.model.mlp import MLP
@@ -134,11 +133,7 @@ def race(options: Options, experts: int, top_k: int, dtype: torch.dtype) -> None
 
 
 def main() -> None:
-    try:
-        options = parse_options(Options, sys.argv[1:], __doc__ or "")
-    except HelpRequested as help:
-        print(help)
-        return
+    options = given(Options, __doc__)
     torch.set_num_threads(options.threads)
     tune_allocator()
     for precision in options.precision:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peers.options import given
+
 from megalite.config import schema
-from megalite.config.options import HelpRequested, parse_options
-from megalite.errors import UserError
 
 RECIPES: dict[str, tuple[str, ...]] = {
     "fp32": ("precision=fp32",),
@@ -111,13 +111,7 @@ def table(experiment: str, found: dict[str, tuple[list[float], float]]) -> list[
 
 
 def main() -> None:
-    try:
-        options = parse_options(Options, sys.argv[1:], __doc__ or "")
-    except HelpRequested as help:
-        print(help)
-        return
-    except UserError as error:
-        sys.exit("\n".join(error.lines))
+    options = given(Options, __doc__)
     recipes = ["fp32", *(recipe for recipe in options.recipes if recipe != "fp32")]
     lines = [MARKS[0], "", f"    python benchmarks/precision.py recipes={','.join(recipes)}", ""]
     for experiment in options.experiments:

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peers.job import SHAPES
+from peers.options import given
 from peers.race import Engine, Result, race
 
 from megalite.config import schema
-from megalite.config.options import HelpRequested, parse_options
-from megalite.errors import UserError
 
 ONE = "megalite"
 ROWS: dict[str, tuple[str, ...]] = {
@@ -78,13 +77,7 @@ def _beside(ratios: list[float]) -> str:
 
 
 def main() -> None:
-    try:
-        options = parse_options(Options, sys.argv[1:], __doc__ or "")
-    except HelpRequested as help:
-        print(help)
-        return
-    except UserError as error:
-        sys.exit("\n".join(error.lines))
+    options = given(Options, __doc__)
     heads = f"{'tokens/s':>9} {'range':>13} {'of one':>8} " + "".join(
         f"{'of ' + peer:>12} {'range':>11}" for peer in PEERS
     )

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peers.job import SHAPES
+from peers.options import given
 from peers.race import Engine, Result, race
 
 from megalite.config import schema
-from megalite.config.options import HelpRequested, parse_options
 
 DEFAULT = (
     "megalite,megalite:compile,megalite:pure,transformers,transformers:amp,transformers:compile,transformers:compile+tuned,"
@@ -72,11 +72,7 @@ def show(results: list[Result], flops_per_token: int, peak: float) -> None:
 
 
 def main() -> None:
-    try:
-        options = parse_options(Options, sys.argv[1:], __doc__ or "")
-    except HelpRequested as help:
-        print(help)
-        return
+    options = given(Options, __doc__)
     import torch
 
     from megalite import load_config

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megalite.comm import Communicator
 from megalite.parallel.context import ContextParallel
 from megalite.parallel.deferred import DeferredWeights
-from megalite.parallel.fp8 import Fp8, Kind, Recipe
+from megalite.parallel.fp8 import Fp8, Kind, Product, Recipe
 from megalite.parallel.parameter import part
 from megalite.parallel.random import random_bits, text_keys
 
@@ -54,8 +54,13 @@ class Fp4:
         """x[..., K] · weightᵀ + bias, in x's dtype. Communicates where scales are agreed on, also going back."""
         mine = copy.copy(self)
         mine.tokens = self.text.tokens
-        y: Tensor = _Product.apply(x, weight_NK, mine, deferred)
+        y: Tensor = Product.apply(x, weight_NK, mine, deferred)
         return y if bias_N is None else y + bias_N
+
+    @staticmethod
+    def multiply(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """a · bᵀ."""
+        return (a @ b.t()).to(dtype)
 
     def quantized(self, kind: Kind, values: Tensor, dims: str) -> Tensor:
         """A factor [rows, columns] of a product, quantised and widened; its `dims` are two of M, N and K."""
@@ -75,7 +80,7 @@ class Fp4:
         x, grad_y = (t.to(torch.promote_types(t.dtype, torch.float32)).flatten(0, -2).t() for t in (x, grad_y))
         signs = self.signs.to(x.device)
         gradient = self.quantized("gradient", hadamard(grad_y, signs), "NM")
-        return (gradient @ self.quantized("input", hadamard(x, signs), "KM").t()).to(dtype)
+        return self.multiply(gradient, self.quantized("input", hadamard(x, signs), "KM"), dtype)
 
     def _bits(self, values: Tensor, dims: str) -> Tensor:
         """16 random bits for every element of the gradient, [M, N], or [N, M] with M filled up to 16."""
@@ -95,25 +100,3 @@ class Fp4:
             start, stop = part(len(keys), self.comm.mesh.size("tp"), self.comm.mesh.index("tp"))
             keys = keys[start:stop]
         return torch.nn.functional.pad(keys, (0, count - len(keys)))
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, fp4: Fp4, deferred: DeferredWeights | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.fp4, ctx.deferred, ctx.weight = fp4, deferred, None if deferred is None else weight
-        a, b = fp4.quantized("input", x.flatten(0, -2), "MK"), fp4.quantized("weight", weight.detach(), "NK")
-        return (a @ b.t()).to(x.dtype).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), fp4, deferred = ctx.saved_tensors, ctx.fp4, ctx.deferred
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            gradient = fp4.quantized("gradient", grad_y.flatten(0, -2), "MN")
-            grad_x = (gradient @ fp4.quantized("weight", weight.t(), "KN").t()).to(x.dtype).view_as(x)
-        if deferred is not None and deferred.waiting is not None:
-            deferred.keep(ctx.weight, x, grad_y, fp4.weight_gradient)
-        else:
-            grad_weight = fp4.weight_gradient(x, grad_y, weight.dtype)
-        return grad_x, grad_weight, None, None

@@ -113,6 +113,8 @@ class Fp8:
     process. Blocks of a fixed size are never shared: they start anew with every rank's part.
     """
 
+    multiply = staticmethod(multiplied)
+
     def __init__(self, recipe: Recipe, comm: Communicator, split: str | None, sp: bool) -> None:
         self.recipe, self.comm = recipe, comm
         self.history = History() if recipe.name == "delayed" else None
@@ -135,7 +137,7 @@ class Fp8:
         self, x: Tensor, weight_NK: nn.Parameter, bias_N: Tensor | None, deferred: DeferredWeights | None
     ) -> Tensor:
         """x[..., K] · weightᵀ + bias, in x's dtype. Communicates where scales are agreed on, also going back."""
-        y: Tensor = _Product.apply(x, weight_NK, self, deferred)
+        y: Tensor = Product.apply(x, weight_NK, self, deferred)
         return y if bias_N is None else y + bias_N
 
     def quantized(self, kind: Kind, values: Tensor, dims: str) -> Factor:
@@ -169,23 +171,26 @@ class Fp8:
         return multiplied(gradient, self.quantized("input", x.flatten(0, -2).t(), "KM"), dtype)
 
 
-class _Product(torch.autograd.Function):
+class Product(torch.autograd.Function):
+    """x · weightᵀ from the factors that `how`, an `Fp8` or `Fp4`, makes and multiplies, forward and back."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, fp8: Fp8, deferred: DeferredWeights | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, how: Any, deferred: DeferredWeights | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.fp8, ctx.deferred, ctx.weight = fp8, deferred, None if deferred is None else weight
-        factors = fp8.quantized("input", x.flatten(0, -2), "MK"), fp8.quantized("weight", weight.detach(), "NK")
-        return multiplied(*factors, x.dtype).view(*x.shape[:-1], -1)
+        ctx.how, ctx.deferred, ctx.weight = how, deferred, None if deferred is None else weight
+        factors = how.quantized("input", x.flatten(0, -2), "MK"), how.quantized("weight", weight.detach(), "NK")
+        y: Tensor = how.multiply(*factors, x.dtype)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), fp8, deferred = ctx.saved_tensors, ctx.fp8, ctx.deferred
+        (x, weight), how, deferred = ctx.saved_tensors, ctx.how, ctx.deferred
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            gradient = fp8.quantized("gradient", grad_y.flatten(0, -2), "MN")
-            grad_x = multiplied(gradient, fp8.quantized("weight", weight.t(), "KN"), x.dtype).view_as(x)
+            gradient = how.quantized("gradient", grad_y.flatten(0, -2), "MN")
+            grad_x = how.multiply(gradient, how.quantized("weight", weight.t(), "KN"), x.dtype).view_as(x)
         if deferred is not None and deferred.waiting is not None:
-            deferred.keep(ctx.weight, x, grad_y, fp8.weight_gradient)
+            deferred.keep(ctx.weight, x, grad_y, how.weight_gradient)
         else:
-            grad_weight = fp8.weight_gradient(x, grad_y, weight.dtype)
+            grad_weight = how.weight_gradient(x, grad_y, weight.dtype)
         return grad_x, grad_weight, None, None

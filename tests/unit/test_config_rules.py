@@ -29,6 +29,15 @@ def changed(**values: Any) -> Config:
     return build(Config, tree)
 
 
+def one_violation(values: dict[str, Any], parts: list[str], remedies: list[dict[str, Any]]) -> None:
+    """With `values` one process is refused by one line, which says all `parts`; each of `remedies` makes it legal."""
+    (line,) = violations(changed(**values), 1)
+    for part in parts:
+        assert part in line
+    for remedy in remedies:
+        assert violations(changed(**(values | remedy)), 1) == [], remedy
+
+
 def test_the_default_configuration_is_valid() -> None:
     assert violations(Config()) == []
 
