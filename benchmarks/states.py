@@ -26,7 +26,7 @@ LR = {"adamw": 3e-3, "muon": 3e-3, "sgd": 0.3}
 JOB = (
     "precision=bf16", "model.layers=2", "model.hidden=256", "model.heads=4", "model.ffn=512", "train.micro_batch=4",
     "train.global_batch=4", "train.threads=1", "train.dry_run=false", "data.sequence_length=64", "data.vocab=512",
-    "data.max_bytes=500000", "train.final_eval=false", "checkpoint.final=false", "log.report=false",
+    "data.max_bytes=500000", "train.final_eval=false", "checkpoint.every=null", "log.report=false",
     "log.progress=none",
 )  # fmt: skip
 

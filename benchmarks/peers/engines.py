@@ -50,7 +50,7 @@ def megalite(job: Job) -> Step:
             *("data=bytes", f"data.sequence_length={shape.sequence}", f"precision={precision}", *layout),
             *("train.steps=1000", f"train.micro_batch={micro}", f"train.global_batch={job.rows}"),
             *(f"train.threads={job.threads}", f"train.compile={str(variant == 'compile').lower()}"),
-            *(f"run.dir={job.folder}", "checkpoint.final=false", "optim.schedule=constant", "optim.lr=3e-4"),
+            *(f"run.dir={job.folder}", "checkpoint.every=null", "optim.schedule=constant", "optim.lr=3e-4"),
             world_size=job.ranks,
         ),
         callbacks=(),

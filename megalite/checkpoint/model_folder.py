@@ -1,7 +1,9 @@
 """Model folders: `model.yaml` and safetensors under our own names; and the one way to load a model from any folder."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -56,15 +58,25 @@ def describe_model(path: Path) -> str:
     config = dataclasses.replace(stored.config, vocab=stored.vocab, max_positions=stored.max_positions)
     counts = parameter_counts(config, stored.vocab, stored.max_positions)
     values, plain = Config(model=config), Config()
-    words = (
-        f"{name}={'null' if value_at(values, name) is None else value_at(values, name)}"
+    words = [
+        word
         for name in leaves(Config)
         if name.startswith("model.") and value_at(values, name) != value_at(plain, name)
-    )
+        for word in _words(name, value_at(values, name))
+    ]
     active = counts.total - counts.experts + counts.active_experts
     met = f", {active:,} of them a token" if counts.experts else ""
     lines = [f"{path}", f"{config.family}, {counts.total:,} parameters{met}, {stored.dtype}", *stored.notes]
     return "\n".join([*lines, " ".join([f"checkpoint.resume={path}", *words])])
+
+
+def _words(name: str, value: Any) -> Iterator[str]:
+    """What sets a key to `value` on the command line; a mapping takes a word an entry."""
+    if isinstance(value, dict):
+        for entry, held in value.items():
+            yield from _words(f"{name}.{entry}", held)
+    else:
+        yield f"{name}={'null' if value is None else value}"
 
 
 def load_model(

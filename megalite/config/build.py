@@ -68,6 +68,8 @@ def _convert(kind: type, item: type | None, value: Any) -> Any:
     if kind is dict:
         if not isinstance(value, Mapping):
             return None
+        if item is Any:  # who reads it has types for its entries
+            return {str(name): entry for name, entry in value.items()}
         made = {str(name): _convert(item or str, None, entry) for name, entry in value.items()}
         return None if None in made.values() else made
     if kind is list:

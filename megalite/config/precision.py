@@ -45,13 +45,13 @@ def deepspeed_has_dtypes_of_its_own(job: Job) -> Iterator[str]:
 
 
 @RULES.reads(
-    *("precision.fp8", "precision.fp8_backward", "precision.fp8_skip_first", "precision.fp8_skip_last"),
+    *("precision.fp8", "precision.fp8_backward", "precision.fp8_skip"),
     *("precision.fp8_history", "model.layers", "parallel.overlap", "parallel.engine", "train.compile"),
 )
 def fp8_reaches_a_layer(job: Job) -> Iterator[str]:
     config, precision, usual = job.config, job.config.precision, PrecisionConfig()
     chosen = precision.fp8 != "none"
-    for name in ("fp8_backward", "fp8_skip_first", "fp8_skip_last"):
+    for name in ("fp8_backward", "fp8_skip"):
         if not chosen and getattr(precision, name) != getattr(usual, name):
             yield f"precision.{name}={getattr(precision, name)}: has no effect with precision.fp8=none; leave it out"
     if precision.fp8 == "nvfp4" and precision.fp8_backward != usual.fp8_backward:
@@ -61,12 +61,11 @@ def fp8_reaches_a_layer(job: Job) -> Iterator[str]:
         yield f"precision.fp8_history={steps}: has no effect without precision.fp8=delayed; leave it out"
     if not chosen:
         return
-    layers, skipped = config.model.layers, precision.fp8_skip_first + precision.fp8_skip_last
-    if skipped >= layers:
-        yield (
-            f"precision.fp8={precision.fp8}: precision.fp8_skip_first {precision.fp8_skip_first} and fp8_skip_last"
-            f" {precision.fp8_skip_last} leave none of {layers} layers; together at most {layers - 1}"
-        )
+    layers, skipped = config.model.layers, precision.fp8_skip
+    if len(skipped) != 2 or min(skipped) < 0:
+        yield f"precision.fp8_skip={skipped}: expects two numbers, of first and of last layers, such as [1,1] or [0,0]"
+    elif sum(skipped) >= layers:
+        yield f"precision.fp8_skip={skipped}: leaves none of {layers} layers; together at most {layers - 1}"
     if config.parallel.overlap:
         yield f"parallel.overlap=true: not built for precision.fp8={precision.fp8}; set false"
     if config.parallel.engine == "deepspeed":

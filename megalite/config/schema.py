@@ -64,18 +64,25 @@ class DataConfig:
 
 
 @dataclass
-class RopeConfig:
-    theta: float = key(10000.0, "Base of the rotary frequencies.", minimum=1)
-    fraction: float = key(1.0, "Share of each head's dimensions that is rotated.", minimum=0)
-    scaling: str = key("none", "How positions beyond the original length are squeezed.", choices=("none", "linear", "ntk", "yarn", "llama3"))
-    factor: float = key(1.0, "Length multiplication of the scaling.", minimum=1)
-    original_length: int = key(8192, "Sequence length before scaling.", minimum=1)
-    low_freq_factor: float = key(1.0, "llama3: wavelengths above original_length/low_freq_factor are fully scaled.")
-    high_freq_factor: float = key(4.0, "llama3: wavelengths below original_length/high_freq_factor are kept.")
+class RopeScaling:
+    """What model.rope.scaling may hold, in the spelling of Hugging Face."""
+
+    rope_type: str = key("default", "Rule.", choices=("default", "linear", "ntk", "yarn", "llama3"))
+    factor: float = key(1.0, "Length multiplication.", minimum=1)
+    original_max_position_embeddings: int = key(8192, "Sequence length before scaling.", minimum=1)
+    low_freq_factor: float = key(1.0, "llama3: wavelengths above the original length divided by this are fully scaled.")
+    high_freq_factor: float = key(4.0, "llama3: wavelengths below the original length divided by this are kept.")
     beta_fast: float = key(32.0, "yarn: rotations above which a frequency is kept.")
     beta_slow: float = key(1.0, "yarn: rotations below which a frequency is fully scaled.")
     truncate: bool = key(True, "yarn: round the two limits to whole frequencies (gpt-oss: false).")
     attention_factor: float | None = key(None, "yarn: multiplies cos and sin; null: 0.1*ln(factor)+1.")
+
+
+@dataclass
+class RopeConfig:
+    theta: float = key(10000.0, "Base of the rotary frequencies.", minimum=1)
+    fraction: float = key(1.0, "Share of each head's dimensions that is rotated.", minimum=0)
+    scaling: dict[str, Any] = key({}, "How positions beyond the original length are squeezed, as rope_scaling of a Hugging Face config.json: rope_type (linear, ntk, yarn, llama3; default: not at all), factor, original_max_position_embeddings; llama3: low_freq_factor, high_freq_factor; yarn: beta_fast, beta_slow, truncate, attention_factor.")
     local_theta: float | None = key(None, "Base used in sliding-window layers (Gemma 3), without scaling; null: theta.")
 
 
@@ -232,8 +239,7 @@ class PrecisionConfig:
         choices=("none", "delayed", "tensorwise", "rowwise", "blockwise", "mxfp8", "nvfp4"),
     )
     fp8_backward: str = key("auto", "FP8: format of gradients; auto: e5m2 with a scale a tensor, else e4m3.", choices=("auto", "e4m3", "e5m2"))
-    fp8_skip_first: int = key(0, "FP8: so many first layers stay in the preset's dtype.", minimum=0)
-    fp8_skip_last: int = key(0, "FP8: so many last layers stay in the preset's dtype.", minimum=0)
+    fp8_skip: list[int] = key([0, 0], "FP8: so many first and so many last layers stay in the preset's dtype.")
     fp8_history: int = key(16, "fp8=delayed: steps whose largest value sets the scale.", minimum=1)
     fp8_dispatch: bool = key(False, "Tokens travel to experts in FP8, a scale for 128 numbers, and so do the gradients of what experts return.")
 
@@ -251,9 +257,8 @@ class RecomputeConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: int = key(0, "Steps between checkpoints; 0: only at the end.", minimum=0)
+    every: int | None = key(0, "Steps between checkpoints, with one after the last step; 0: only that one; null: none.", minimum=0)
     keep: int = key(2, "Newest complete checkpoints kept; 0: all.", minimum=0)
-    final: bool = key(True, "Save after the last step.")
     resume: str = key("auto", "'auto': the run folder's newest complete checkpoint; 'none': refuse a used folder; or the path of a checkpoint, or of a model folder, whose weights start the run.")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -29,7 +30,9 @@ class Leaf:
 
     @property
     def type_name(self) -> str:
-        names: dict[type | None, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        names: dict[Any, str] = {
+            int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "its value"
+        }  # fmt: skip
         name = names.get(self.kind, self.kind.__name__)
         if self.kind in (dict, list):
             item = names.get(self.item, "text")
@@ -77,6 +80,20 @@ def value_at(tree: Any, path: str) -> Any:
     for name in path.split("."):
         tree = getattr(tree, name)
     return tree
+
+
+def outside(leaf: Leaf, value: Any) -> str | None:
+    """The line that says how `value` breaks the key's own limits, if it does."""
+    if value is None:
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{leaf.path}={value}: not a finite number"
+    if leaf.choices and value not in leaf.choices:
+        near = f"; nearest: {nearest(value, leaf.choices, 1)[0]}" if isinstance(value, str) else ""
+        return f"{leaf.path}={value}: not a choice{near}; legal: {', '.join(map(str, leaf.choices))}"
+    if leaf.minimum is not None and value < leaf.minimum:
+        return f"{leaf.path}={value}: too small; at least {leaf.minimum:g}"
+    return None
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from megalite.config import experts, layout, precision, stages, watch
+from megalite.config import experts, layout, precision, rope, stages, watch
 from megalite.config.rules import Job, Rules, around, divisors_near
 from megalite.config.schema import Config
-from megalite.config.tree import leaves, nearest, value_at
+from megalite.config.tree import leaves, outside, value_at
 from megalite.errors import UserError
 
 RULES = Rules()
+ROOMS = (layout.RULES, experts.RULES, stages.RULES, precision.RULES, watch.RULES, rope.RULES, RULES)
 LARGEST_SEED = 2**32 - 1
 """Of numpy's legacy generator, which shuffles as Megatron does."""
 
@@ -27,32 +28,17 @@ def validate(config: Config, world_size: int | None = None) -> None:
 
 def violations(config: Config, world_size: int | None = None, trains: bool = True) -> list[str]:
     """A line for each violated rule. A rule is skipped when one of its keys is already outside its own limits."""
-    bad = {path: line for path in leaves(Config) if (line := _outside(config, path))}
+    bad = {path: line for path, leaf in leaves(Config).items() if (line := outside(leaf, value_at(config, path)))}
     job = Job(config, world_size, trains)
     return [
         *bad.values(),
         *(
             line
-            for keys, rule in [*layout.RULES, *experts.RULES, *stages.RULES, *precision.RULES, *watch.RULES, *RULES]
+            for keys, rule in [rule for room in ROOMS for rule in room]
             if not bad.keys() & set(keys)
             for line in rule(job)
         ),
     ]
-
-
-def _outside(config: Config, path: str) -> str | None:
-    """The violation of a key's own limits, if any."""
-    leaf, value = leaves(Config)[path], value_at(config, path)
-    if value is None:
-        return None
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{path}={value}: not a finite number"
-    if leaf.choices and value not in leaf.choices:
-        near = f"; nearest: {nearest(value, leaf.choices, 1)[0]}" if isinstance(value, str) else ""
-        return f"{path}={value}: not a choice{near}; legal: {', '.join(map(str, leaf.choices))}"
-    if leaf.minimum is not None and value < leaf.minimum:
-        return f"{path}={value}: too small; at least {leaf.minimum:g}"
-    return None
 
 
 @RULES.reads("model.hidden", "model.heads", "model.head_dim")
@@ -123,28 +109,6 @@ def rotated_dimensions_are_even(job: Job) -> Iterator[str]:
         yield (
             f"model.rope.fraction={model.rope.fraction}: rotates {rotated} of {job.head_dim} head dimensions, which"
             f" must pair up; nearest: {legal or 'none, make the head larger (model.head_dim)'}"
-        )
-
-
-@RULES.reads(
-    "model.position", "model.rope.scaling", "model.rope.factor", "model.rope.low_freq_factor",
-    "model.rope.high_freq_factor", "model.rope.beta_fast", "model.rope.beta_slow",
-)  # fmt: skip
-def rope_scaling_is_whole(job: Job) -> Iterator[str]:
-    rope, position = job.config.model.rope, job.config.model.position
-    if rope.scaling != "none" and position != "rope":
-        yield f"model.rope.scaling={rope.scaling}: needs model.position=rope (it is {position}); or set none"
-    if rope.scaling == "none" and rope.factor != 1:
-        yield f"model.rope.factor={rope.factor}: has no effect without model.rope.scaling (linear, ntk, yarn, llama3)"
-    if rope.scaling == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
-        yield (
-            f"model.rope.high_freq_factor={rope.high_freq_factor}: must be above"
-            f" model.rope.low_freq_factor {rope.low_freq_factor}; Llama 3 uses 4 and 1"
-        )
-    if rope.scaling == "yarn" and rope.beta_fast <= rope.beta_slow:
-        yield (
-            f"model.rope.beta_fast={rope.beta_fast}: must be above model.rope.beta_slow {rope.beta_slow};"
-            " the YaRN paper uses 32 and 1"
         )
 
 

@@ -24,7 +24,7 @@ def spikes_can_be_left_behind(job: Job) -> Iterator[str]:
     which = f"train.spike_rewinds={config.train.spike_rewinds}"
     if not config.train.spike_rewinds:
         return
-    if config.checkpoint.every == 0:
+    if not config.checkpoint.every:
         yield f"{which}: needs checkpoints to go back to; add for example checkpoint.every=100"
     if config.parallel.engine == "deepspeed":
         yield f"{which}: not built for parallel.engine=deepspeed; set 0, or parallel.engine=megalite"

@@ -97,7 +97,8 @@ def fp8_weights(stage: nn.Module) -> dict[tuple[nn.Module, str], Fp8 | GroupedFp
 
 def fp8_layers(config: Config) -> range:
     """The layers whose linears multiply in FP8, where there is a recipe."""
-    return range(config.precision.fp8_skip_first, config.model.layers - config.precision.fp8_skip_last)
+    first, last = config.precision.fp8_skip
+    return range(first, config.model.layers - last)
 
 
 def spread_tensors(stages: Sequence[nn.Module], tp: TensorParallel, ends: Sequence[int] = (0,)) -> None:

@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from megalite.config.schema import RopeConfig
+from megalite.config.rope import scaling_of, stretched_theta, yarn_factor
+from megalite.config.schema import RopeConfig, RopeScaling
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin [B, S, R]; the two halves of the rotated dimensions R carry the same angles."""
@@ -17,40 +18,40 @@ Rotation = tuple[Tensor, Tensor]
 
 def inverse_frequencies(rope: RopeConfig, rotated: int) -> tuple[Tensor, float]:
     """Angles per position [rotated / 2], float64, and the factor on cos and sin (1 except for yarn)."""
-    theta = rope.theta
-    if rope.scaling == "ntk":
-        theta *= rope.factor ** (rotated / (rotated - 2))
+    scaling, theta = scaling_of(rope), stretched_theta(rope, rotated)
     frequency = theta ** -(torch.arange(0, rotated, 2, dtype=torch.float64, device="cpu") / rotated)
-    if rope.scaling == "linear":
-        return frequency / rope.factor, 1.0
-    if rope.scaling == "llama3":
-        return _llama3(frequency, rope), 1.0
-    if rope.scaling == "yarn":
-        factor = rope.attention_factor
-        return _yarn(frequency, rope, rotated), 0.1 * math.log(rope.factor) + 1.0 if factor is None else factor
+    if scaling.rope_type == "linear":
+        return frequency / scaling.factor, 1.0
+    if scaling.rope_type == "llama3":
+        return _llama3(frequency, scaling), 1.0
+    if scaling.rope_type == "yarn":
+        return _yarn(frequency, scaling, theta), yarn_factor(scaling)
     return frequency, 1.0
 
 
-def _llama3(frequency: Tensor, rope: RopeConfig) -> Tensor:
+def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
     """Llama 3.1: long wavelengths divided by `factor`, short ones kept, linear in between."""
-    turns = rope.original_length * frequency / (2 * math.pi)
-    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
-    return frequency * kept + frequency / rope.factor * (1 - kept)
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * kept + frequency / scaling.factor * (1 - kept)
 
 
-def _yarn(frequency: Tensor, rope: RopeConfig, rotated: int) -> Tensor:
+def _yarn(frequency: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
     """YaRN (arXiv 2309.00071), eq. 22-23: a ramp over the dimension index between two numbers of rotations."""
 
-    def dimension(rotations: float) -> float:
-        return rotated * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+    rotated, length = 2 * len(frequency), scaling.original_max_position_embeddings
 
-    first, last = dimension(rope.beta_fast), dimension(rope.beta_slow)
-    if rope.truncate:
+    def dimension(rotations: float) -> float:
+        return rotated * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     low, high = max(first, 0), min(last, rotated - 1)
     index = torch.arange(rotated // 2, dtype=torch.float64, device="cpu")
     scaled = ((index - low) / max(high - low, 0.001)).clamp(0, 1)
-    return frequency * (1 - scaled) + frequency / rope.factor * scaled
+    return frequency * (1 - scaled) + frequency / scaling.factor * scaled
 
 
 class RopeTables:

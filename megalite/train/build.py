@@ -64,7 +64,8 @@ def make_mesh(config: Config, world: World) -> Mesh:
 
 def make_data(config: Config, comm: Communicator) -> DataBundle:
     """Rank 0 builds what is not cached, then every rank opens it."""
-    skipped = (config.train.spike_rewinds or 0) * config.checkpoint.every  # at most; part of the order of the data
+    # Steps that rewinds skip, at most; part of the order of the data.
+    skipped = (config.train.spike_rewinds or 0) * (config.checkpoint.every or 0)
     samples = (config.train.steps + skipped) * config.train.global_batch
     made: list[DataBundle] = []
 

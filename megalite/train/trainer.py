@@ -87,7 +87,7 @@ class Trainer:
         self.statistics = Statistics(self.stages, self.comm, config.log.statistics)
         self.store = CheckpointStore(self.run_dir / "checkpoints", self.comm, config.checkpoint.keep)
         state_bytes = self.optimizer.state_bytes()
-        if config.checkpoint.final or config.checkpoint.every:
+        if config.checkpoint.every is not None:
             self.comm.on_rank_zero(lambda: check_free_space(self.run_dir, state_bytes))
         self.facts = build.run_facts(
             config, self.world, self.mesh, self.data, self.vocab, self.precision, self.stages, schedule
@@ -283,10 +283,8 @@ class Trainer:
         return StepMetrics(**{**vars(metrics), **measured})
 
     def _checkpoint_due(self) -> bool:
-        checkpoint, done = self.config.checkpoint, self.step == self.config.train.steps
-        return bool(
-            self.stopping or (done and checkpoint.final) or (checkpoint.every and self.step % checkpoint.every == 0)
-        )
+        every, done = self.config.checkpoint.every, self.step == self.config.train.steps
+        return self.stopping or (every is not None and (done or (every > 0 and self.step % every == 0)))
 
     def _can_rewind(self, step: int) -> bool:
         """Whether this run goes back because of the spike in `step`; the same on all ranks."""

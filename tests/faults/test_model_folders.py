@@ -24,7 +24,7 @@ NASTY += [{"full_attention": None}, {"full_attention": {}}]
 GEMMA3 = dataclasses.replace(
     TINY, family="gemma3", norm_place="sandwich", norm_zero_centered=True, activation="geglu", qk_norm=True,
     window=4, window_pattern=2, embedding_scale=4.0, attention_softcap=3.0,
-    rope=RopeConfig(local_theta=5.0, scaling="yarn", factor=4.0),
+    rope=RopeConfig(local_theta=5.0, scaling={"rope_type": "yarn", "factor": 4.0}),
 )  # fmt: skip
 GPT2 = ModelConfig(
     family="gpt2", layers=1, hidden=16, heads=2, ffn=24, position="learned", norm="layernorm", activation="gelu_tanh",
@@ -38,11 +38,11 @@ QWEN3_MOE = dataclasses.replace(
 GPT_OSS = dataclasses.replace(
     TINY, family="gpt_oss", qkv_bias=True, output_bias=True, mlp_bias=True, attention_sinks=True, window=4,
     window_pattern=2, activation="swiglu_clamped", moe=dataclasses.replace(EXPERTS, router_bias=True),
-    rope=RopeConfig(scaling="yarn", factor=4.0, truncate=False),
+    rope=RopeConfig(scaling={"rope_type": "yarn", "factor": 4.0, "truncate": False}),
 )  # fmt: skip
 DEEPSEEK = dataclasses.replace(
     TINY, family="deepseek_v3", norm_eps=1e-6, mla=MLAConfig(kv_rank=8, q_rank=6, rope_dim=4), mtp=1,
-    attention_scale=0.4, rope=RopeConfig(scaling="yarn", factor=4.0, attention_factor=1.0),
+    attention_scale=0.4, rope=RopeConfig(scaling={"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}),
     moe=dataclasses.replace(
         EXPERTS, router="sigmoid", bias_rate=0.001, shared_ffn=16, groups=2, top_groups=1, dense_layers=1, scale=2.5
     ),

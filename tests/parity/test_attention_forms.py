@@ -117,12 +117,14 @@ def compared(
 def test_sinks_as_in_gpt_oss(layer: int) -> None:
     """Its even layers see a window, the odd ones everything; YaRN without whole numbers for its limits."""
     yarn = {"rope_type": "yarn", "rope_theta": 150.0, "factor": 4.0, "beta_fast": 4.0, "beta_slow": 1.0}
+    yarn |= {"truncate": False, "original_max_position_embeddings": 16}
     theirs = transformers.GptOssConfig(
         hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=2, sliding_window=5,
-        attention_bias=True, rope_parameters=yarn | {"truncate": False, "original_max_position_embeddings": 16},
+        attention_bias=True, rope_parameters=yarn,
         attn_implementation="eager",
     )  # fmt: skip
-    rope = RopeConfig(150.0, scaling="yarn", factor=4.0, original_length=16, beta_fast=4.0, truncate=False)
+    scaling = {name: value for name, value in yarn.items() if name != "rope_theta"}
+    rope = RopeConfig(150.0, scaling=scaling)
     ours = ModelConfig(
         layers=2, hidden=24, heads=4, kv_heads=2, head_dim=8, ffn=8, qkv_bias=True, output_bias=True, window=5,
         window_pattern=2, attention_sinks=True, rope=rope, init_std=0.2,

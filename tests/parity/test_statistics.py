@@ -21,7 +21,7 @@ from tests.unit.test_fp8_linear import SHAPES, quantized
 
 JOB = (
     *("train.steps=3", "log.statistics=2", "train.micro_batch=2", "train.dry_run=false", "precision=fp64"),
-    *("optim.lr=0.01", "checkpoint.final=false", "model.init_std=0.3"),
+    *("optim.lr=0.01", "checkpoint.every=null", "model.init_std=0.3"),
 )
 FORMS = {"tensorwise": "e5m2", "delayed": "e5m2", "rowwise": "e4m3", "mxfp8": "e4m3", "blockwise": "e4m3"}
 

@@ -186,7 +186,8 @@ def test_folders_and_greedy_tokens(folder: tuple[Any, Path], tmp_path: Path) -> 
 
 def test_ntk_is_a_larger_base(tmp_path: Path) -> None:
     """transformers has no static NTK scaling: it gets the stretched base, and computes the same."""
-    config = ModelConfig(layers=2, hidden=64, heads=4, ffn=80, rope=RopeConfig(scaling="ntk", factor=4.0))
+    rope = RopeConfig(scaling={"rope_type": "ntk", "factor": 4.0})
+    config = ModelConfig(layers=2, hidden=64, heads=4, ffn=80, rope=rope)
     ours = empty_model(config, VOCAB, 64)
     materialize(ours, torch.device("cpu"), 0, torch.float64)
     weights = dict(ours.named_parameters())

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megalite.config import rope
 from megalite.config.build import build
 from megalite.config.load import load_config
 from megalite.config.rules import Job
@@ -27,6 +28,10 @@ def changed(**values: Any) -> Config:
             branch = branch.setdefault(name, {})
         branch[last] = value
     return build(Config, tree)
+
+
+def scaling(**entries: Any) -> dict[str, Any]:
+    return {"model__rope__scaling": entries}
 
 
 def one_violation(values: dict[str, Any], parts: list[str], remedies: list[dict[str, Any]]) -> None:
@@ -66,10 +71,13 @@ def test_the_default_configuration_is_valid() -> None:
         ({**MLA, "model__qkv_bias": True}, None, ["model.qkv_bias=true: not with model.mla"]),
         ({**MLA, "model__rope__fraction": 0.5}, None, ["model.rope.fraction=0.5", "set 1"]),
         ({**MLA, "parallel__tp": 4}, 4, ["parallel.tp=4: does not divide model.heads 6"]),
-        ({"model__rope__factor": 2.0}, None, ["model.rope.factor=2.0: has no effect"]),
-        ({"model__rope__scaling": "yarn", "model__rope__beta_fast": 1.0}, None, ["beta_fast=1.0", "32 and 1"]),
-        ({"model__rope__scaling": "llama3", "model__rope__high_freq_factor": 1.0}, None, ["high_freq_factor=1.0"]),
-        ({"model__rope__scaling": "ntk", "model__position": "none"}, None, ["needs model.position=rope"]),
+        (scaling(factor=2.0), None, ["model.rope.scaling={'factor': 2.0}: has no effect without rope_type"]),
+        (scaling(rope_type="yarn", beta_fast=1.0), None, ["model.rope.scaling.beta_fast=1.0", "32 and 1"]),
+        (scaling(rope_type="yarn", beta_fats=1.0), None, ["model.rope.scaling.beta_fats: unknown", "beta_fast"]),
+        (scaling(rope_type="yarn", factor="much"), None, ["model.rope.scaling.factor=much: expects a number"]),
+        (scaling(rope_type="yarn", factor=0.5), None, ["model.rope.scaling.factor=0.5: too small; at least 1"]),
+        (scaling(rope_type="llama3", high_freq_factor=1.0), None, ["high_freq_factor=1.0"]),
+        (scaling(rope_type="ntk") | {"model__position": "none"}, None, ["needs model.position=rope"]),
         ({"model__position": "learned", "model__max_positions": 256}, None, ["sequence_length=512", "at most 256"]),
         ({"model__window_pattern": 2}, None, ["model.window_pattern=2"]),
         ({"model__norm": "layernorm", "model__norm_zero_centered": True}, None, ["needs model.norm=rmsnorm"]),
@@ -181,15 +189,15 @@ def test_every_rule_can_fail() -> None:
         rule.__name__
         for mark in test_one_violation_one_line.pytestmark  # type: ignore[attr-defined]
         for values, world, _ in mark.args[1]
-        for _, rule in RULES
+        for _, rule in [*RULES, *rope.RULES]
         if list(rule(Job(changed(**values), world)))
     }
-    assert covered == {rule.__name__ for _, rule in RULES}
+    assert covered == {rule.__name__ for _, rule in [*RULES, *rope.RULES]}
 
 
 def test_schema_is_small_and_documented() -> None:
     keys = leaves(Config)
-    assert len(keys) <= 165
+    assert len(keys) <= 155
     for leaf in keys.values():
         assert leaf.help.endswith("."), leaf.path
         assert not leaf.choices or leaf.default in leaf.choices

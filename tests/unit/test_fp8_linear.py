@@ -173,7 +173,7 @@ def job(folder: Path, *words: str) -> Trainer:
 
 
 def test_the_chosen_layers_are_in_it_and_the_header_says_so(tmp_path: Path) -> None:
-    words = ("precision.fp8=delayed", "precision.fp8_skip_first=1", "precision.fp8_skip_last=2", "model.mtp=1")
+    words = ("precision.fp8=delayed", "precision.fp8_skip=[1,2]", "model.mtp=1")
     words = (*words, "model.moe.experts=2", "model.moe.shared_ffn=16", "precision.fp8_dispatch=true")
     trainer = job(tmp_path, *words)
     chosen = {name for name, m in trainer.stages[0].named_modules() if isinstance(m, Linear) and m.fp8 is not None}

@@ -130,7 +130,7 @@ def test_a_real_run_needs_what_was_predicted(tmp_path: Path, precision: str) -> 
         "data.tokenizer=bytes", "data.max_bytes=200000", f"data.cache={tmp_path}", f"run.dir={tmp_path / 'run'}",
         "model.layers=4", "model.hidden=256", "model.heads=4", "model.ffn=704", "data.sequence_length=256",
         "train.micro_batch=8", "train.global_batch=8", "train.steps=2", "train.final_eval=false",
-        "checkpoint.final=false", "log.progress=none", "log.report=false", "train.threads=1", f"precision={precision}",
+        "checkpoint.every=null", "log.progress=none", "log.report=false", "train.threads=1", f"precision={precision}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "megalite", "train", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)

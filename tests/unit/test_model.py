@@ -36,7 +36,7 @@ GEMMA = dataclasses.replace(
     qk_norm=True,
     window=5,
     window_pattern=3,
-    rope=RopeConfig(theta=1000.0, local_theta=100.0, scaling="linear", factor=2.0),
+    rope=RopeConfig(theta=1000.0, local_theta=100.0, scaling={"rope_type": "linear", "factor": 2.0}),
     embedding_scale=3.0,
     attention_softcap=2.0,
     logit_softcap=4.0,

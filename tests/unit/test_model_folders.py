@@ -234,7 +234,8 @@ def test_published_spellings_of_config() -> None:
     gemma3 = read_config(
         base | {"model_type": "gemma3_text", "rope_parameters": both, "sliding_window_pattern": 2}, "x"
     )
-    assert (gemma3.rope.theta, gemma3.rope.local_theta, gemma3.rope.factor, gemma3.window_pattern) == (9.0, 3.0, 8.0, 2)
+    assert (gemma3.rope.theta, gemma3.rope.local_theta, gemma3.window_pattern) == (9.0, 3.0, 2)
+    assert (gemma3.rope.scaling["rope_type"], gemma3.rope.scaling["factor"]) == ("linear", 8.0)
     gemma = read_config(base | {"model_type": "gemma", "hidden_act": "gelu"}, "x")
     assert (gemma.activation, gemma.tied_embeddings, gemma.embedding_scale) == ("geglu", True, 4.0)
     qwen = {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28}

@@ -28,11 +28,16 @@ CASES: list[tuple[dict[str, Any], list[str], list[dict[str, Any]]]] = [
         ["precision.fp8_backward=e5m2: precision.fp8=nvfp4"],
         [{"precision__fp8_backward": "auto"}],
     ),
-    ({"precision__fp8_skip_last": 1}, ["precision.fp8_skip_last=1: has no effect"], [DELAYED]),
+    ({"precision__fp8_skip": [0, 1]}, ["precision.fp8_skip=[0, 1]: has no effect"], [DELAYED]),
     (
-        {**DELAYED, "precision__fp8_skip_first": 7, "precision__fp8_skip_last": 1},
-        ["precision.fp8=delayed", "leave none of 8 layers", "at most 7"],
-        [{"precision__fp8_skip_last": 0}],
+        {**DELAYED, "precision__fp8_skip": [1]},
+        ["precision.fp8_skip=[1]: expects two"],
+        [{"precision__fp8_skip": [1, 0]}],
+    ),
+    (
+        {**DELAYED, "precision__fp8_skip": [7, 1]},
+        ["precision.fp8_skip=[7, 1]", "leaves none of 8 layers", "at most 7"],
+        [{"precision__fp8_skip": [7, 0]}],
     ),
     (
         {

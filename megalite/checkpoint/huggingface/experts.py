@@ -5,13 +5,12 @@ without them, and its router_aux_loss_coef weighs another formula than model.moe
 """
 
 import dataclasses
-import math
 from typing import Any
 
 from megalite.checkpoint.huggingface.families import LATENT_NORM_EPS, WITH_EXPERTS
 from megalite.config.schema import MLAConfig, ModelConfig, MoEConfig
 from megalite.errors import UserError
-from megalite.model.size import expert_ffn, head_dim, latent, query_dim, value_dim
+from megalite.model.size import expert_ffn, head_dim, latent, value_dim
 
 BIAS_RATE = 0.001
 """DeepSeek-V3's (arXiv:2412.19437, section 4.2); config.json does not hold it."""
@@ -114,28 +113,6 @@ def write_latents(config: ModelConfig) -> dict[str, Any]:
         "v_head_dim": value_dim(config),
         "rope_interleave": True,
     }
-
-
-def attention_scale(values: dict[str, Any], dim: int) -> float | None:
-    """DeepSeek-V3's for heads of `dim`: yarn's mscale_all_dim multiplies queries and keys alike; None: no factor."""
-    scaling = dict(values.get("rope_parameters") or {}) | dict(values.get("rope_scaling") or {})
-    if scaling.get("rope_type", scaling.get("type", "default")) == "default" or not scaling.get("mscale_all_dim"):
-        return None
-    return float(dim**-0.5 * mscale(float(scaling["factor"]), float(scaling["mscale_all_dim"])) ** 2)
-
-
-def mscale(factor: float, weight: float) -> float:
-    return 0.1 * weight * math.log(factor) + 1.0
-
-
-def mscales(config: ModelConfig) -> dict[str, float]:
-    """mscale_all_dim and mscale of config.json that give this attention scale and yarn's factor on cos and sin."""
-    if config.rope.factor <= 1 or config.attention_scale is None:
-        return {}
-    over = math.sqrt(config.attention_scale * query_dim(config) ** 0.5)
-    factor = mscale(config.rope.factor, 1.0) if config.rope.attention_factor is None else config.rope.attention_factor
-    step = 0.1 * math.log(config.rope.factor)
-    return {"mscale": round((factor * over - 1) / step, 12), "mscale_all_dim": round((over - 1) / step, 12)}
 
 
 def normal_experts(config: ModelConfig) -> dict[str, Any]:

@@ -103,8 +103,3 @@ ONE_WINDOW = ("mistral", "mixtral", "qwen3_moe")
 WITH_ATTENTION_BIAS = ("llama", "qwen3", "gemma", "gemma2", "gemma3", "qwen3_moe", "gpt_oss")
 """Families whose attention_bias is a choice."""
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
-
-
-def ntk_theta(theta: float, factor: float, rotated: int) -> float:
-    """The base that static NTK-aware scaling stretches to; Hugging Face stores the result alone."""
-    return float(theta * factor ** (rotated / (rotated - 2)))

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megalite.checkpoint.huggingface.experts import attention_scale, mscale, read_experts, read_latents, read_modules
+from megalite.checkpoint.huggingface.experts import read_experts, read_latents, read_modules
 from megalite.checkpoint.huggingface.families import (
     BY_MODEL_TYPE,
     FAMILIES,
@@ -15,7 +15,8 @@ from megalite.checkpoint.huggingface.families import (
     WITH_ATTENTION_BIAS,
     WITH_SOFTCAPS,
 )
-from megalite.config.schema import ModelConfig, RopeConfig
+from megalite.checkpoint.huggingface.rope import attention_scale, read_rope
+from megalite.config.schema import ModelConfig
 from megalite.errors import UserError
 
 
@@ -77,7 +78,7 @@ def _read_llama_like(name: str, values: dict[str, Any], where: str) -> ModelConf
         ffn=int(values["intermediate_size"]),
         vocab=int(values["vocab_size"]),
         max_positions=int(values["max_position_embeddings"]),
-        rope=_read_rope(values, where),
+        rope=read_rope(values, where),
         norm_eps=float(values["rms_norm_eps"]),
         qkv_bias=bias,
         output_bias=bias,
@@ -137,31 +138,3 @@ def _pattern(window: int, kinds: list[Any], layers: int, where: str) -> tuple[in
         if kinds == ["full_attention" if n > 1 and (i + 1) % n == 0 else "sliding_attention" for i in range(layers)]:
             return window, n
     raise UserError(f"{where}: layer_types is no repeated pattern that ends in full attention; not supported")
-
-
-def _read_rope(values: dict[str, Any], where: str) -> RopeConfig:
-    stated = dict(values.get("rope_parameters") or {})
-    local = values.get("rope_local_base_freq")
-    if "full_attention" in stated:
-        local = (stated.get("sliding_attention") or {}).get("rope_theta", local)
-        stated = dict(stated["full_attention"])
-    stated |= values.get("rope_scaling") or {}
-    kind = stated.get("rope_type", stated.get("type", "default"))
-    rope = RopeConfig(
-        theta=float(stated.get("rope_theta", values.get("rope_theta", 10000.0))),
-        local_theta=None if local is None else float(local),
-    )
-    if kind == "default":
-        return rope
-    if kind not in ("linear", "yarn", "llama3"):
-        raise UserError(f"{where}: RoPE scaling {kind} is not supported; supported: default, linear, yarn, llama3")
-    rope.scaling, rope.factor = kind, float(stated["factor"])
-    rope.original_length = int(stated.get("original_max_position_embeddings", values["max_position_embeddings"]))
-    for key in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
-        if stated.get(key) is not None:
-            setattr(rope, key, float(stated[key]))
-    rope.truncate = stated.get("truncate") is not False
-    if rope.attention_factor is None and stated.get("mscale") and stated.get("mscale_all_dim"):
-        over, under = (mscale(rope.factor, float(stated[key])) for key in ("mscale", "mscale_all_dim"))
-        rope.attention_factor = over / under
-    return rope

@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 from megalite.checkpoint.huggingface.experts import (
-    mscales,
     normal_experts,
     normal_latents,
     write_experts,
@@ -20,10 +19,10 @@ from megalite.checkpoint.huggingface.families import (
     PLAIN_ACTIVATIONS,
     WITH_EXPERTS,
     WITH_SOFTCAPS,
-    ntk_theta,
 )
 from megalite.checkpoint.huggingface.read import read_config
-from megalite.config.schema import ModelConfig, RopeConfig
+from megalite.checkpoint.huggingface.rope import normal_rope, write_rope
+from megalite.config.schema import ModelConfig
 from megalite.errors import UserError
 from megalite.model.size import (
     expert_ffn,
@@ -32,7 +31,6 @@ from megalite.model.size import (
     latent,
     layer_windows,
     query_dim,
-    rotary_dim,
 )
 
 GROUPS = ("rope", "moe", "mla")
@@ -68,25 +66,7 @@ def write_config(config: ModelConfig, vocab: int, max_positions: int) -> dict[st
 
 def normal_form(config: ModelConfig) -> dict[str, Any]:
     """The config's values with everything that is implied written out and everything without effect at its default."""
-    rope, plain = dataclasses.replace(config.rope), RopeConfig()
-    windowed = config.window is not None
-    if rope.scaling == "ntk":
-        rope = RopeConfig(
-            theta=ntk_theta(rope.theta, rope.factor, rotary_dim(config)),
-            fraction=rope.fraction,
-            local_theta=rope.local_theta,
-        )
-    used = {"linear": ("factor",), "llama3": ("factor", "original_length", "low_freq_factor", "high_freq_factor")}
-    used["yarn"] = ("factor", "original_length", "beta_fast", "beta_slow", "truncate", "attention_factor")
-    if rope.scaling == "yarn" and rope.attention_factor is None:
-        rope.attention_factor = 0.1 * math.log(rope.factor) + 1.0
-    for entry in dataclasses.fields(RopeConfig):
-        if entry.name not in ("theta", "fraction", "scaling", "local_theta", *used.get(rope.scaling, ())):
-            setattr(rope, entry.name, getattr(plain, entry.name))
-    rope.local_theta = (
-        None if not windowed or (rope.local_theta == rope.theta and rope.scaling == "none") else rope.local_theta
-    )
-    values = dataclasses.asdict(dataclasses.replace(config, rope=rope if config.position == "rope" else plain))
+    values = dataclasses.asdict(config)
     values |= {"kv_heads": kv_heads(config), "head_dim": head_dim(config), "windows": layer_windows(config)}
     values["attention_scale"] = config.attention_scale or query_dim(config) ** -0.5
     if config.moe.experts and not config.moe.dense_layers:
@@ -95,7 +75,7 @@ def normal_form(config: ModelConfig) -> dict[str, Any]:
         values["norm_zero_centered"] = False
     for unused in ("name", "window", "window_pattern", "init_output_scale", "mtp_weight"):
         del values[unused]
-    values |= {"moe": normal_experts(config), "mla": normal_latents(config)}
+    values |= {"rope": normal_rope(config), "moe": normal_experts(config), "mla": normal_latents(config)}
     return values | {f"{group}.{key}": value for group in GROUPS for key, value in values.pop(group).items()}
 
 
@@ -144,7 +124,7 @@ def _write_llama_like(config: ModelConfig) -> dict[str, Any]:
     if config.family == "deepseek_v3":
         del document["head_dim"]
         document |= write_latents(config)
-    return document | _write_window(config) | _write_rope(config)
+    return document | _write_window(config) | write_rope(config)
 
 
 def _scalar(config: ModelConfig) -> int:
@@ -171,28 +151,3 @@ def _write_window(config: ModelConfig) -> dict[str, Any]:
             "sliding_attention" if window else "full_attention" for window in layer_windows(config)
         ]
     return document
-
-
-def _write_rope(config: ModelConfig) -> dict[str, Any]:
-    rope = config.rope
-    theta = ntk_theta(rope.theta, rope.factor, rotary_dim(config)) if rope.scaling == "ntk" else rope.theta
-    document: dict[str, Any] = {"rope_theta": theta}
-    if config.family == "gemma3":
-        document["rope_local_base_freq"] = theta if rope.local_theta is None else rope.local_theta
-    if rope.scaling in ("none", "ntk"):
-        # Left out, gpt_oss would be scaled.
-        return document | ({"rope_scaling": {"rope_type": "default"}} if config.family == "gpt_oss" else {})
-    scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
-    if rope.scaling != "linear":
-        scaling["original_max_position_embeddings"] = rope.original_length
-    if rope.scaling == "llama3":
-        scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.scaling == "yarn":
-        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-        if not rope.truncate:
-            scaling["truncate"] = False
-        if config.family == "deepseek_v3" and config.attention_scale is not None:
-            scaling |= mscales(config)
-        elif rope.attention_factor is not None:
-            scaling["attention_factor"] = rope.attention_factor
-    return document | {"rope_scaling": scaling}
