@@ -69,7 +69,7 @@ CASES = [
 
 @pytest.mark.parametrize(("layout", "model", "optim"), CASES, ids=lambda value: str(value))
 def test_same_as_one_process(layout: Layout, model: str, optim: str) -> None:
-    task = Task(model, optim, steps=3)
+    task = Task(model, optim, steps=2)
     ranks, expected = trained(layout, task), alone(layout, task)
     found = errors(ranks, expected)
     assert all(found[kind] <= bound for kind, bound in BOUNDS.items()), found
