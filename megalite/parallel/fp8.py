@@ -6,7 +6,7 @@ factors widened again. Dimensions: M tokens of a microbatch, N outputs, K inputs
 columns are what the product sums over.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +28,8 @@ BLOCKS = {
     "mxfp8": ("mxfp8", "mxfp8", "mxfp8"),
 }
 """Recipe -> what shares a scale in inputs, weights and gradients, as `megalite_kernels.fp8` names it."""
+SQUARE = ("tensorwise", "blockwise_128x128")
+"""What shares a scale in the transposed matrix too."""
 USUAL_BACKWARD = {"delayed": "e5m2", "tensorwise": "e5m2", "rowwise": "e4m3", "blockwise": "e4m3", "mxfp8": "e4m3"}
 
 
@@ -51,6 +53,34 @@ class Factor(NamedTuple):
     codes: Tensor
     scales: Tensor
     blocks: str
+
+    def transposed(self) -> "Factor":
+        """[columns, rows]: the same numbers, where blocks are square."""
+        return Factor(self.codes.t().contiguous(), self.scales.t().contiguous(), self.blocks)
+
+
+class WeightFactors:
+    """A weight's factors, or its experts', while they are the same: from `begin` to `end` of a step, made when first
+    asked for. Outside of a step, and of weights that ZeRO 3 holds for one use alone, nothing is kept."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, list[Factor]] | None = None
+
+    def begin(self) -> None:
+        self.kept = {}
+
+    def end(self) -> None:
+        self.kept = None
+
+    def of(self, dims: str, make: Callable[[], list[Factor]]) -> list[Factor]:
+        """For a product of those two of N and K."""
+        if self.kept is None:
+            return make()
+        if dims not in self.kept:
+            across = self.kept.get(dims[::-1])
+            square = across is not None and across[0].blocks in SQUARE
+            self.kept[dims] = [one.transposed() for one in across] if across and square else make()
+        return self.kept[dims]
 
 
 def factor(values: Tensor, blocks: str, dtype: torch.dtype, amax: Tensor | None = None) -> Factor:
@@ -122,6 +152,7 @@ class Fp8:
         over = {"M": tokens, "N": ("tp",) * (split == "outputs"), "K": ("tp",) * (split == "inputs")}
         self.over = {dim: [axis for axis in axes if comm.mesh.size(axis) > 1] for dim, axes in over.items()}
         self.gathered: Tensor | None = None
+        self.weights = WeightFactors()
 
     def gather(self, amax: Tensor) -> Tensor:
         """The largest value that scales a weight whose own is `amax` [1], which those who gather it agreed on: it is
@@ -142,6 +173,11 @@ class Fp8:
 
     def quantized(self, kind: Kind, values: Tensor, dims: str) -> Factor:
         """A factor [rows, columns] of a product; its `dims` are two of M, N and K."""
+        if kind == "weight":
+            return self.weights.of(dims, lambda: [self._quantized(kind, values, dims)])[0]
+        return self._quantized(kind, values, dims)
+
+    def _quantized(self, kind: Kind, values: Tensor, dims: str) -> Factor:
         blocks, dtype, values = self.recipe.blocks(kind), self.recipe.dtype(kind), values.contiguous()
         if kind == "weight" and self.gathered is not None:
             return factor(values, blocks, dtype, self.gathered.view(1, 1))

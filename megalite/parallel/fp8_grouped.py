@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megalite.comm import Communicator
 from megalite.parallel.experts import Sources
-from megalite.parallel.fp8 import Factor, History, Kind, Recipe, factor, multiplied
+from megalite.parallel.fp8 import Factor, History, Kind, Recipe, WeightFactors, factor, multiplied
 
 
 class GroupedFp8:
@@ -30,6 +30,7 @@ class GroupedFp8:
         cut = ["etp"] * (comm.mesh.size("etp") > 1)
         self.over = {"M": ["edp"] * self.sources.spread, "N": [], "K": []} | {"N" if split == "outputs" else "K": cut}
         self.gathered: Tensor | None = None
+        self.weights = WeightFactors()
 
     def gather(self, amax_E: Tensor) -> Tensor:
         """As of `Fp8`, of each expert."""
@@ -47,6 +48,11 @@ class GroupedFp8:
 
     def quantized(self, kind: Kind, parts: Sequence[Tensor], dims: str) -> list[Factor]:
         """A factor [rows, columns] of each part's product, or of each expert's; `dims` are two of M, N and K."""
+        if kind == "weight":
+            return self.weights.of(dims, lambda: self._quantized(kind, parts, dims))
+        return self._quantized(kind, parts, dims)
+
+    def _quantized(self, kind: Kind, parts: Sequence[Tensor], dims: str) -> list[Factor]:
         blocks, dtype = self.recipe.blocks(kind), self.recipe.dtype(kind)
         axes: Sequence[str] = ()
         if blocks == "tensorwise":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from megalite_kernels import linear, weight_gradient
-from megalite_kernels.fp8 import dequantize_fp8, scaled_mm
+from megalite_kernels.fp8 import dequantize_fp8
 from torch import Tensor
 
 from megalite.comm import Communicator
@@ -20,7 +20,7 @@ from megalite.mesh import AXES
 from megalite.model.linear import Linear
 from megalite.model.transformer import Transformer
 from megalite.parallel.fp4 import Fp4
-from megalite.parallel.fp8 import KINDS, Factor, Fp8, Kind
+from megalite.parallel.fp8 import KINDS, Factor, Fp8, Kind, multiplied
 
 PRODUCTS = ("output", "input_gradient", "weight_gradient")
 OF_FACTOR = ("nonzero", "underflow", "saturation")
@@ -176,11 +176,6 @@ class _Linear:
 def zero(x: Tensor) -> Tensor:
     """Which values are zero."""
     return x.abs() <= NOISE * torch.where(x.isfinite(), x.abs(), 0).max()
-
-
-def multiplied(a: Factor, b: Factor, dtype: torch.dtype) -> Tensor:
-    """a · bᵀ."""
-    return scaled_mm(a.codes, a.scales, b.codes, b.scales, recipe_a=a.blocks, recipe_b=b.blocks, out_dtype=dtype)
 
 
 def described(sums: list[float], largest: list[float]) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from megalite.precision import choose_precision
 from megalite.train import build
 from megalite.train.balance import Balance
 from megalite.train.callback import Callback, StepMetrics
-from megalite.train.delayed_scales import DelayedScales
 from megalite.train.evaluate import Evaluation, evaluate
+from megalite.train.fp8_steps import Fp8Steps
 from megalite.train.interrupt import Stopped, StopRequest
 from megalite.train.loss_scale import LossScale
 from megalite.train.memory import measured_memory
@@ -82,7 +82,7 @@ class Trainer:
         self.optimizer = build.make_optimizer(config, self.stages, self.gradients, self.precision)
         self.loss_scale = LossScale.of(config.precision, self.precision.scaled)
         self.balance = Balance(self.stages, self.comm, config.model)
-        self.scales = DelayedScales(self.stages, self.comm)
+        self.fp8 = Fp8Steps(self.stages, self.comm, whole=config.parallel.zero < 3)
         self.numerics = Numerics(self.stages, self.pipeline, self.gradients, self.comm, config.debug.numerics)
         self.statistics = Statistics(self.stages, self.comm, config.log.statistics)
         self.store = CheckpointStore(self.run_dir / "checkpoints", self.comm, config.checkpoint.keep)
@@ -139,7 +139,7 @@ class Trainer:
 
         self.gradients.zero()
         self.balance.begin()
-        self.scales.begin()
+        self.fp8.begin()
         self.numerics.begin()
         self.statistics.begin(step)
         scale = self.loss_scale.value
@@ -165,7 +165,7 @@ class Trainer:
         if spike:
             self.event("spike", message=f"step {step}, {spike}", rewinds=self.rewinding)
         self.loss_scale.update(finite)
-        self.scales.update()
+        self.fp8.update()
         metrics = self._measured(loss, z_loss, grad_norm, not finite, time.perf_counter() - started, data_s)
         further = [total / count for total, count in zip(ahead_sums, ahead, strict=True)]
         mtp_loss = sum(further) / len(further) if further else None

@@ -28,7 +28,7 @@ from megalite.pipeline.runtime import Pipeline
 from megalite.precision import choose_precision
 from megalite.train import build
 from megalite.train.balance import Balance
-from megalite.train.delayed_scales import DelayedScales
+from megalite.train.fp8_steps import Fp8Steps
 from tests.ranks import joined_world, run_ranks
 from tests.thread_ranks import run_threads
 
@@ -234,7 +234,7 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
     gradients = build.make_gradients(config, comm, stages, precision)
     pipeline = Pipeline(stages, schedule, comm, gradients, config.train.z_loss)
     optimizer = Optimizer(stages, gradients, config.optim, task.steps, precision, config.train.seed)
-    balance, scales = Balance(stages, comm, config.model), DelayedScales(stages, comm)
+    balance, fp8 = Balance(stages, comm, config.model), Fp8Steps(stages, comm, whole=layout.zero < 3)
     initial = parts(stages, local)
     losses, norms, loads, first = [], [], [], {}
     for step in range(1, task.steps + 1):
@@ -243,7 +243,7 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
         valid = float((batch.targets >= 0).sum())
         gradients.zero()
         balance.begin()
-        scales.begin()
+        fp8.begin()
         ahead = further_targets(batch, config.model.mtp)
         sums = pipeline.train(microbatches(batch, comm.mesh, task.micro), valid, ahead, task.loss_scale)
         gradients.finish()
@@ -257,7 +257,7 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
             gradients.scale(config.optim.clip / norm)
         optimizer.step(step)
         balance.update(routed)
-        scales.update()
+        fp8.update()
         comm.record = None
         total = sums.sum(0) * (comm.mesh.index("tp") == 0)
         comm.all_reduce(total, "pp", "dp", "cp", "tp")

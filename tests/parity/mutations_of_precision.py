@@ -11,10 +11,10 @@ from megalite.model.router import Router
 from megalite.parallel import collectives, fp8_gather
 from megalite.parallel.data import Gradients
 from megalite.parallel.experts import Sources
-from megalite.parallel.fp8 import FORMATS, Factor, Fp8, History, Recipe
+from megalite.parallel.fp8 import FORMATS, Factor, Fp8, History, Recipe, WeightFactors
 from megalite.parallel.fp8_grouped import GroupedFp8
 from megalite.pipeline.runtime import Pipeline
-from megalite.train.delayed_scales import DelayedScales
+from megalite.train.fp8_steps import Fp8Steps
 from tests.parity.layouts import Layout, Task
 from tests.parity.mutations import Patch, around, fault
 
@@ -68,18 +68,28 @@ def _() -> Patch:
     return around(Fp8, "quantized", twice)
 
 
+@fault("fp8: a weight's factors stay as they were in the first step", ROWWISE)
+def _() -> Patch:
+    first: dict[tuple[int, str], list[Factor]] = {}
+
+    def stale(original: Any, self: WeightFactors, dims: str, make: Any) -> list[Factor]:
+        return first.setdefault((id(self), dims), original(self, dims, make))
+
+    return around(WeightFactors, "of", stale)
+
+
 @fault("delayed: every rank keeps the largest values of its own microbatches", DELAYED)
 def _() -> Patch:
-    def alone(original: Any, self: DelayedScales) -> None:
+    def alone(original: Any, self: Fp8Steps) -> None:
         with around(Communicator, "all_reduce", lambda *_, **__: None):
             original(self)
 
-    return around(DelayedScales, "update", alone)
+    return around(Fp8Steps, "update", alone)
 
 
 @fault("delayed: a run that was resumed has forgotten its histories", DELAYED)
 def _() -> Patch:
-    def begin(original: Any, self: DelayedScales) -> None:
+    def begin(original: Any, self: Fp8Steps) -> None:
         self.begun = getattr(self, "begun", 0) + 1  # type: ignore[attr-defined]
         if self.begun == 3:
             for histories in self.histories.values():
@@ -88,7 +98,7 @@ def _() -> Patch:
                     history.values.detach().zero_()
         original(self)
 
-    return around(DelayedScales, "begin", begin)
+    return around(Fp8Steps, "begin", begin)
 
 
 @fault("delayed: scales are those of the steps before the last", DELAYED)

@@ -1,4 +1,4 @@
-"""Delayed FP8 scaling between steps: what linears and experts have seen, agreed on, goes into their histories."""
+"""FP8 from step to step: what linears and experts saw goes into histories; weights' factors are kept for a step."""
 
 from collections.abc import Sequence
 
@@ -9,36 +9,45 @@ from megalite.comm import Communicator
 from megalite.model.experts import Experts
 from megalite.model.linear import Linear
 from megalite.model.transformer import Transformer
-from megalite.parallel.fp8 import History
+from megalite.parallel.fp8 import Fp8, History, WeightFactors
 
 OF_LINEARS, OF_EXPERTS = ("dp", "cp", "tp"), ("edp", "etp")
 """The ranks that hold parts of the same tensors."""
 
 
-class DelayedScales:
+class Fp8Steps:
     """Of this rank's stages, whose linears the ranks along dp, cp and tp have too, its experts those along edp and etp.
-    Communicates over those, once a step; a model without such histories does not."""
+    Communicates over those, once a step; a model without histories does not. `whole`: weights stay what they are for a
+    whole step, and so do their factors; ZeRO 3 has them for one use alone.
+    """
 
-    def __init__(self, stages: Sequence[Transformer], comm: Communicator) -> None:
+    def __init__(self, stages: Sequence[Transformer], comm: Communicator, whole: bool) -> None:
         self.comm = comm
+        self.weights: list[WeightFactors] = []
         self.histories: dict[tuple[str, ...], list[History]] = {OF_LINEARS: [], OF_EXPERTS: []}
         for module in (module for stage in stages for module in stage.modules()):
-            if isinstance(module, Linear) and module.fp8 is not None:
+            if isinstance(module, Linear) and isinstance(module.fp8, Fp8):
+                self.weights += [module.fp8.weights] * whole
                 self._keep(OF_LINEARS, module.fp8.history, getattr(module, "amax_history", None))
             elif isinstance(module, Experts):
                 for place, fp8 in enumerate(module.fp8.values()):
+                    self.weights += [fp8.weights] * whole
                     values = module.amax_history.detach()[:, place] if fp8.history is not None else None
                     self._keep(OF_EXPERTS, fp8.history, values)
 
     def begin(self) -> None:
         """Before a step: scales from the histories; forget what was seen outside of a step."""
+        for factors in self.weights:
+            factors.begin()
         for histories in self.histories.values():
             for history in histories:
                 history.begin()
 
     @torch.no_grad()
     def update(self) -> None:
-        """After a step: the largest value of each tensor over all its microbatches and ranks."""
+        """After a step's products: the largest value of each tensor over all its microbatches and ranks."""
+        for factors in self.weights:
+            factors.end()
         for axes, histories in self.histories.items():
             if histories:
                 seen = torch.stack([history.seen for history in histories if history.seen is not None])
