@@ -18,7 +18,7 @@ EXPERT_AXES = ("edp", "ep", "etp")
 REPLICA_AXES = ("copy", "shard")
 USUAL_GROUPS = (
     AXES, ("pp",), ("dp",), ("cp",), ("tp",), ("ring",), ("ulysses",), ("dp", "cp"), ("dp", "cp", "tp"), ("cp", "tp"),
-    ("edp",), ("ep",), ("etp",), ("ep", "etp"), ("edp", "ep", "etp"), ("copy",), ("shard",),
+    ("edp",), ("ep",), ("etp",), ("ep", "etp"), ("edp", "etp"), ("edp", "ep", "etp"), ("copy",), ("shard",),
 )  # fmt: skip
 """What the engine communicates over. Some only layers of a kind use: they are here because a stage without such layers
 would not make them."""

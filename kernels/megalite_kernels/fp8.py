@@ -42,8 +42,9 @@ def quantize_fp8(
     """(codes [M, K] of `dtype`, scales), and with `transpose_too` (…, codes [K, M], scales) of the transpose.
 
     To nearest even, saturating; a block with an inf or NaN becomes NaN throughout; see the reference. `scale`: given
-    and not found, of the recipe's shape (delayed scaling, or agreed with other ranks); then `transpose_too` needs a
-    recipe whose blocks are the same both ways. `power_of_two`: scales rounded up to one. Carries no gradient.
+    and not found, of the recipe's shape (delayed scaling, or agreed with other ranks), which cuts an inf off; then
+    `transpose_too` needs a recipe whose blocks are the same both ways. `power_of_two`: scales rounded up to one.
+    Carries no gradient.
     """
     _check("quantize_fp8", x_MK, recipe)
     if dtype not in EXPONENTS:
@@ -114,7 +115,7 @@ def scaled_mm(
         from megalite_kernels.gpu import scaled_mm
 
         return scaled_mm.scaled_mm(a_MK, _bytes(scale_a), b_NK, _bytes(scale_b), recipe_a, recipe_b, out_dtype)
-    if chosen == "native" and a_MK.numel() and b_NK.numel():
+    if chosen == "native" and native.plain(a_MK, scale_a, b_NK, scale_b):
         return fp8_cpu.scaled_mm(a_MK, scale_a, b_NK, scale_b, recipe_a, recipe_b, out_dtype)
     return reference.scaled_mm(a_MK, scale_a, b_NK, scale_b, recipe_a=recipe_a, recipe_b=recipe_b, out_dtype=out_dtype)
 

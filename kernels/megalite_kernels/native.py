@@ -39,12 +39,13 @@ def usable(*tensors: Tensor | None) -> bool:
     Subclasses (fake tensors, DTensor) have no memory of their own to point at.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    return (
-        all(type(x) in (Tensor, Parameter) and x.device.type == "cpu" and x.numel() > 0 for x in given)
-        and given[0].dtype in DTYPES
-        and all(x.dtype == given[0].dtype for x in given)
-        and library().functions is not None
-    )
+    return plain(*given) and given[0].dtype in DTYPES and all(x.dtype == given[0].dtype for x in given)
+
+
+def plain(*tensors: Tensor) -> bool:
+    """`usable`, whatever their dtypes."""
+    there = all(type(x) in (Tensor, Parameter) and x.device.type == "cpu" and x.numel() > 0 for x in tensors)
+    return there and library().functions is not None
 
 
 def _call(name: str, *arguments: Any) -> None:

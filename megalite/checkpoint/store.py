@@ -42,9 +42,13 @@ class CheckpointStore:
     def __init__(self, folder: Path, comm: Communicator, keep: int) -> None:
         self.folder, self.comm, self.keep = folder, comm, keep
 
-    def save(self, step: int, tensors: Mapping[str, Held], trainer: dict[str, Any]) -> Path:
-        """Write step's checkpoint; when this returns it is complete on disk. An I/O failure leaves no folder behind."""
-        final = self.folder / f"step_{step:08d}"
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def save(self, step: int, tensors: Mapping[str, Held], trainer: dict[str, Any], spared: Path | None = None) -> Path:
+        """Write step's checkpoint; when this returns it is complete on disk. An I/O failure leaves no folder behind.
+        `spared`: stays, however many are newer."""
+        final = self.path(step)
         part = self.folder / f"{final.name}.part"
         self.comm.on_rank_zero(lambda: self._start(part))
         from megalite.checkpoint import dcp  # a second of imports that a run's start need not wait for
@@ -55,7 +59,7 @@ class CheckpointStore:
         except OSError as error:
             failure = str(error.strerror)
         reports = self.comm.gather_json({"failure": failure, "files": {} if failure else self._digests(part)})
-        self.comm.on_rank_zero(lambda: self._commit(part, final, trainer, reports))
+        self.comm.on_rank_zero(lambda: self._commit(part, final, trainer, reports, spared))
         return final
 
     def _digests(self, part: Path) -> dict[str, Any]:
@@ -105,7 +109,9 @@ class CheckpointStore:
                 f"{part}: cannot write the checkpoint ({error.strerror}); free space or change run.dir"
             ) from error
 
-    def _commit(self, part: Path, final: Path, trainer: dict[str, Any], reports: list[dict[str, Any]]) -> None:
+    def _commit(
+        self, part: Path, final: Path, trainer: dict[str, Any], reports: list[dict[str, Any]], spared: Path | None
+    ) -> None:
         files: dict[str, Any] = {}
         try:
             for report in reports:
@@ -121,15 +127,15 @@ class CheckpointStore:
                 discard(final)
             os.rename(part, final)
             sync(self.folder)
-            self._prune(final)
+            self._prune(final, spared)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
             raise RunError(f"{final}: checkpoint not saved ({error.strerror}); free space or change run.dir") from error
 
-    def _prune(self, newest: Path) -> None:
-        """Drop all but the newest `keep`, never the one just written."""
+    def _prune(self, *spared: Path | None) -> None:
+        """Drop all but the newest `keep` and those, the one just written among them."""
         for old in complete_steps(self.folder)[: -self.keep] if self.keep else []:
-            if old != newest:
+            if old not in spared:
                 discard(old)
 
 

@@ -37,7 +37,7 @@ OVER = ("dp", "cp", "tp")
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a piece. `index`: where each element is in the flattened logical tensor, made when asked for."""
+    """Some rows of a piece."""
 
     piece: Piece
     slab: Slab
@@ -151,7 +151,7 @@ class Moments:
             for slab in self.slabs[piece] if blocked(piece.slot) else ():
                 across, first = grid(slab.shape)[-1], slab.box[0][-1] // MOMENT_BLOCK
                 for block, _ in slab.cut():
-                    of_rows = firsts[piece.slot] + slab.row_numbers().to(marks.device) * across + first + block
+                    of_rows = firsts[piece.slot] + slab.row_numbers(device=marks.device) * across + first + block
                     numbers.setdefault(slab, []).append((block, of_rows))
                     marks[of_rows] = 1
         self.comm.all_reduce(marks, *OVER, op="max")

@@ -15,7 +15,7 @@ from megalite.parallel.boxes import Box, Held, boxes
 from megalite.parallel.data import Piece
 
 CHUNK = 2**20
-"""Elements updated at once, which bounds what is held in float32."""
+"""Elements updated at once, which bounds what is held in float32; of cut blocks all rows are (`Moments._agreed`)."""
 
 
 def grid(shape: Sequence[int]) -> tuple[int, ...]:
@@ -59,19 +59,21 @@ class Slab:
         """This slab's [rows, blocks] of a piece's scales, live."""
         return scales[self.scales : self.scales + self.rows * self.blocks].view(self.rows, self.blocks)
 
-    def row_numbers(self) -> Tensor:
+    def row_numbers(self, rows: slice = slice(None), device: torch.device | None = None) -> Tensor:
         """Of the logical tensor seen as a matrix, int64 [rows]."""
-        offsets, sizes = self.box
-        numbers = torch.zeros(1, dtype=torch.int64)
-        for offset, size, whole in zip(offsets[:-1], sizes[:-1], self.shape[:-1], strict=True):
-            numbers = (numbers[:, None] * whole + torch.arange(offset, offset + size)).flatten()
+        start, stop, _ = rows.indices(self.rows)
+        left = torch.arange(start, stop, device=device)
+        numbers, stride = torch.zeros_like(left), 1
+        for offset, size, whole in reversed(list(zip(*(dims[:-1] for dims in (*self.box, self.shape)), strict=True))):
+            numbers += (left % size + offset) * stride
+            left, stride = left // size, stride * whole
         return numbers
 
     def index(self, rows: slice, device: torch.device) -> Tensor:
         """Where the elements of some rows are in the flattened logical tensor, int64 [rows, columns]."""
         first, width = self.box[0][-1], self.shape[-1]
         columns = torch.arange(first, first + self.columns, device=device)
-        return self.row_numbers()[rows, None].to(device) * width + columns
+        return self.row_numbers(rows, device)[:, None] * width + columns
 
     def chunks(self) -> Iterator[slice]:
         """Its rows, a few at a time."""

@@ -297,7 +297,8 @@ class Gradients:
         """L2 norm over every logical gradient element of the whole world, each once; a float64 scalar.
 
         Norms of whole parameters where one replica has them (then buckets change no bit), else of their pieces. Not
-        finite where any copy is not: a rank whose copy alone is broken must not go on with it.
+        finite where a copy along tp or of a tied weight is not, though one of them is counted: a rank whose copy alone
+        is broken must not go on with it.
         """
         norms: dict[Slot, torch.Tensor] = {}
         for buffer in self._buffers:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from megalite.comm import Communicator
 from megalite.parallel.context import ContextParallel
 from megalite.parallel.deferred import DeferredWeights
-from megalite.parallel.fp8 import Fp8, Kind, Product, Recipe
+from megalite.parallel.fp8 import Kind, Product, spread
 from megalite.parallel.parameter import part
-from megalite.parallel.random import random_bits, text_keys
+from megalite.parallel.random import random_bits, stirred, text_keys
 
 
 class Text:
@@ -43,7 +43,7 @@ class Fp4:
 
     def __init__(self, comm: Communicator, split: str | None, sp: bool, seed: int, name: str, text: Text) -> None:
         self.comm, self.split, self.key, self.text = comm, split, f"{seed}/{name}", text
-        self.over = Fp8(Recipe("nvfp4", "e2m1"), comm, split, sp).over
+        self.over = spread(comm.mesh, split, sp)
         self.cp: ContextParallel | None = ContextParallel(comm) if comm.mesh.size("cp") > 1 else None
         self.signs = 1 - 2 * (random_bits(f"{seed}/hadamard", torch.arange(16)) & 1)
         self.tokens: Tensor | None = None  # of the microbatch that this object, a copy, was made for
@@ -92,11 +92,12 @@ class Fp4:
         return random_bits(f"{self.key}/{dims}", index)
 
     def _keys(self, count: int) -> Tensor:
-        """A number for each of this rank's tokens; after the last of them zeros, up to `count`."""
+        """A number for each of this rank's tokens; after the last of them others drawn from theirs, up to `count`."""
         assert self.tokens is not None, "a gradient without a forward pass"
         keys = text_keys(self.tokens)
         keys = (keys if self.cp is None else self.cp.take(keys)).flatten()
         if self.over["M"] and "tp" in self.over["M"]:
             start, stop = part(len(keys), self.comm.mesh.size("tp"), self.comm.mesh.index("tp"))
             keys = keys[start:stop]
-        return torch.nn.functional.pad(keys, (0, count - len(keys)))
+        filling = stirred(keys.sum() + torch.arange(count - len(keys), device=keys.device))
+        return torch.cat((keys, filling))

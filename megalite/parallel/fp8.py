@@ -15,6 +15,7 @@ from megalite_kernels.fp8 import fp8_amax, fp8_scale, quantize_fp8, scaled_mm
 from torch import Tensor, nn
 
 from megalite.comm import Communicator
+from megalite.mesh import Mesh
 from megalite.parallel.deferred import DeferredWeights
 
 Kind = Literal["input", "weight", "gradient"]
@@ -95,6 +96,14 @@ def multiplied(a: Factor, b: Factor, dtype: torch.dtype) -> Tensor:
     return scaled_mm(a.codes, a.scales, b.codes, b.scales, recipe_a=a.blocks, recipe_b=b.blocks, out_dtype=dtype)
 
 
+def spread(mesh: Mesh, split: str | None, sp: bool) -> dict[str, list[str]]:
+    """Dim of a linear's products -> the axes whose ranks hold parts of it. `split`: as of `Linear`; `sp`: as of the
+    residual stream."""
+    tokens = ["cp", "tp"] if split is None and sp else ["cp"]
+    over = {"M": tokens, "N": ["tp"] * (split == "outputs"), "K": ["tp"] * (split == "inputs")}
+    return {dim: [axis for axis in axes if mesh.size(axis) > 1] for dim, axes in over.items()}
+
+
 class History:
     """Delayed scaling (arXiv:2209.05433): a tensor's scale follows from the largest values of the last steps, so that
     nothing is read or agreed on before a product. `values` [kinds, steps], or of each expert [experts, kinds, steps],
@@ -108,13 +117,14 @@ class History:
         self.values: Tensor | None = None  # the module's, which the engine makes and moves
         self.complete = [False] * len(KINDS)
         self.amax: Tensor | None = None
-        self.seen: Tensor | None = None
+        self.seen = torch.empty(0)
 
-    def begin(self) -> None:
+    def begin(self) -> Tensor:
+        """By kind, whether all have a history: for `complete`, which the host is told of all modules at once."""
         assert self.values is not None
         self.amax = self.values.detach().amax(-1).float()
-        self.complete = (self.amax > 0).view(-1, len(KINDS)).all(0).tolist()
         self.seen = torch.zeros_like(self.amax)
+        return (self.amax > 0).view(-1, len(KINDS)).all(0)
 
     def of(self, kind: Kind) -> Tensor | None:
         """The largest value of the last steps, or of each expert [experts]; None where nothing ever began."""
@@ -124,7 +134,7 @@ class History:
         return self.complete[KINDS.index(kind)]
 
     def note(self, kind: Kind, amax: Tensor) -> None:
-        if self.seen is not None:
+        if self.amax is not None:
             seen = self.seen[..., KINDS.index(kind)]
             largest = amax.nan_to_num(torch.inf, torch.inf).reshape(*seen.shape, -1).amax(-1)
             torch.maximum(seen, largest, out=seen)
@@ -135,6 +145,17 @@ class History:
         values = self.values.detach()
         moved = torch.cat((seen[..., None].to(values.dtype), values[..., :-1]), dim=-1)
         values.copy_(torch.where(seen.isfinite()[..., None], moved, values))
+
+    def rescale(self, times: float) -> None:
+        """The loss scale was multiplied by a power of two, and so will gradients be: no bit of a quotient changes."""
+        assert self.values is not None
+        self.values.detach()[..., KINDS.index("gradient"), :].mul_(times)
+
+
+def unless_lost(known: Tensor, amax: Tensor) -> Tensor:
+    """The largest values known before, or inf where the present one is inf or NaN: a scale from before would cut it off
+    to a number, and hide the step that must be skipped."""
+    return torch.where(amax.isfinite(), known, torch.inf)
 
 
 class Fp8:
@@ -148,9 +169,7 @@ class Fp8:
     def __init__(self, recipe: Recipe, comm: Communicator, split: str | None, sp: bool) -> None:
         self.recipe, self.comm = recipe, comm
         self.history = History() if recipe.name == "delayed" else None
-        tokens = ("cp", "tp") if split is None and sp else ("cp",)
-        over = {"M": tokens, "N": ("tp",) * (split == "outputs"), "K": ("tp",) * (split == "inputs")}
-        self.over = {dim: [axis for axis in axes if comm.mesh.size(axis) > 1] for dim, axes in over.items()}
+        self.over = spread(comm.mesh, split, sp)
         self.gathered: Tensor | None = None
         self.weights = WeightFactors()
 
@@ -160,7 +179,7 @@ class Fp8:
         if self.history is not None:
             self.history.note("weight", amax)
             if self.history.knows("weight") and (known := self.history.of("weight")) is not None:
-                amax = known.view(1)
+                amax = unless_lost(known.view(1), amax)
         self.gathered = amax
         return amax
 
@@ -199,7 +218,7 @@ class Fp8:
             for axis in axes:
                 self.comm.all_reduce(amax, axis, op="max")
             known = amax
-        return factor(values, blocks, dtype, known.view_as(amax))
+        return factor(values, blocks, dtype, unless_lost(known.view_as(amax), amax))
 
     def weight_gradient(self, x: Tensor, grad_y: Tensor, dtype: torch.dtype) -> Tensor:
         """[N, K] from the input [..., K] and the output's gradient [..., N]; both are quantised along the tokens."""

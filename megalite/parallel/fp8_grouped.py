@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megalite.comm import Communicator
 from megalite.parallel.experts import Sources
-from megalite.parallel.fp8 import Factor, History, Kind, Recipe, WeightFactors, factor, multiplied
+from megalite.parallel.fp8 import Factor, History, Kind, Recipe, WeightFactors, factor, multiplied, unless_lost
 
 
 class GroupedFp8:
@@ -83,7 +83,7 @@ class GroupedFp8:
         if self.history is None or (known := self.history.of(kind)) is None:
             return amax
         known = known.repeat_interleave(len(amax) // len(known))
-        return torch.where(known > 0, known, amax)
+        return torch.where(known > 0, unless_lost(known, amax), amax)
 
     def _agreed(self, amax: Tensor, axes: Sequence[str], parts: int) -> Tensor:
         """The largest of all ranks', of each part equally many. Along edp by the place of a part's microbatch, for

@@ -1,6 +1,7 @@
 """FP8 from step to step: what linears and experts saw goes into histories; weights' factors are kept for a step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -37,23 +38,35 @@ class Fp8Steps:
 
     def begin(self) -> None:
         """Before a step: scales from the histories; forget what was seen outside of a step."""
+        every = [history for histories in self.histories.values() for history in histories]
+        if every:
+            known = torch.stack([history.begin() for history in every]).tolist()
+            for history, complete in zip(every, known, strict=True):
+                history.complete = complete
+
+    @contextmanager
+    def weights_kept(self) -> Iterator[None]:
+        """While the products of a step are computed, and weights do not change."""
         for factors in self.weights:
             factors.begin()
-        for histories in self.histories.values():
-            for history in histories:
-                history.begin()
+        try:
+            yield
+        finally:
+            for factors in self.weights:
+                factors.end()
 
     @torch.no_grad()
-    def update(self) -> None:
-        """After a step's products: the largest value of each tensor over all its microbatches and ranks."""
-        for factors in self.weights:
-            factors.end()
+    def update(self, taken: bool, rescaled: float) -> None:
+        """After a step: if it was `taken`, the largest value of each tensor over all its microbatches and ranks goes
+        into the histories. `rescaled`: the loss scale's change, by which the next gradients are larger than these."""
         for axes, histories in self.histories.items():
-            if histories:
-                seen = torch.stack([history.seen for history in histories if history.seen is not None])
+            if histories and taken:
+                seen = torch.stack([history.seen for history in histories])
                 self.comm.all_reduce(seen, *axes, op="max")
                 for history, row in zip(histories, seen, strict=True):
                     history.extend(row)
+            for history in histories if rescaled != 1.0 else ():
+                history.rescale(rescaled)
 
     def _keep(self, axes: tuple[str, ...], history: History | None, values: Tensor | None) -> None:
         if history is not None:

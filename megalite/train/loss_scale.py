@@ -53,7 +53,7 @@ class LossScale:
                 self.value = max(1.0, self.value / GROWTH)
             return
         self.finite += 1
-        if self.finite == self.window:
+        if self.finite >= self.window:  # it may have become shorter since the checkpoint
             self.finite, self.tolerated = 0, self.hysteresis
             self.value = min(LARGEST_LOSS_SCALE, self.value * GROWTH)
 

@@ -108,8 +108,8 @@ def predict(
         ends += (2 if model.mtp else 1) * 2 * 4 * rotary_dim(model)  # float32 tables that all layers share
     if share.last:
         kept += model.mtp * _module_kept(model, compute.itemsize, parallel.tp if parallel.sp else 1)
-    copies_in_fp8 = _fp8_copies(config) * (counts.matrices + counts.experts) / counts.total
-    held = weights * main.itemsize if shards_weights else share.parameters * (compute.itemsize + copies_in_fp8)
+    in_fp8 = _fp8_copies(config) * (counts.matrices + counts.experts) / counts.total
+    held = weights * main.itemsize if shards_weights else share.parameters * (compute.itemsize + in_fp8)
     return Memory(
         weights=held,
         gradients=sums * precision.accumulate.itemsize,
@@ -122,8 +122,9 @@ def predict(
 
 def _fp8_copies(config: Config) -> float:
     """Bytes that a step keeps of a number of the blocks' matrices: in FP8 as it is, and transposed."""
-    in_fp8 = config.precision.fp8 not in ("none", "nvfp4") and config.parallel.zero < 3
-    return 2 * in_fp8 * (1 - sum(config.precision.fp8_skip) / config.model.layers)
+    return (
+        2 * (config.precision.fp8 not in ("none", "nvfp4")) * (1 - sum(config.precision.fp8_skip) / config.model.layers)
+    )
 
 
 def kept_per_token(model: ModelConfig, size: int, recompute: str, tp: int = 1, sp: bool = False, etp: int = 1) -> float:

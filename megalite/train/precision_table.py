@@ -1,6 +1,7 @@
 """What the header says of FP8: which modules multiply in it and which do not, with which scales, by which kernel."""
 
 import torch
+from megalite_kernels.dispatch import Decision
 from megalite_kernels.explain import decision
 
 from megalite.config.schema import Config
@@ -51,8 +52,17 @@ def fp8_lines(config: Config, precision: Precision, device: torch.device) -> lis
         return [*lines, *sent, "nvfp4 products: exact emulation, quantised, widened and summed in float32"]
     recipes = recipe.blocks("input"), recipe.blocks("weight")
     made = decision("scaled_mm", device.type, precision.compute, recipes=recipes, aligned=True)
-    emulated = ": exact emulation, quantised, widened and summed in float32" * (made.backend in ("native", "reference"))
-    return [*lines, *sent, f"fp8 products: {made}{emulated}"]
+    lines += [*sent, f"fp8 products: {made}{_emulated(made)}"]
+    if moe:  # each sums over as many rows as its expert has, into what microbatches add up in
+        made = decision(
+            "scaled_mm", device.type, torch.float32, recipes=(recipe.blocks("gradient"),) * 2, aligned=False
+        )
+        lines.append(f"fp8 gradients of experts' weights: {made}{_emulated(made)}")
+    return lines
+
+
+def _emulated(made: Decision) -> str:
+    return ": exact emulation, quantised, widened and summed in float32" * (made.backend in ("native", "reference"))
 
 
 def _layers(chosen: range) -> str:

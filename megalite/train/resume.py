@@ -22,6 +22,7 @@ PROBES = 8
 """Samples, spread over those already trained on, whose digests a checkpoint keeps: a changed order is noticed."""
 MAY_CHANGE = ("run.", "log.", "checkpoint.", "parallel.", "train.threads", "train.dry_run", "train.profile_step")
 """Keys that change nothing of what is computed, so nothing is said of them."""
+STATES, SHORT_STATES = "precision.states", ("bf16", "fp8", "int8")
 LABELS = ("model.name", "model.family")
 OF_TRAINING = tuple(
     f"model.moe.{name}"
@@ -58,6 +59,8 @@ def training_state(trainer: "Trainer") -> tuple[dict[str, Held], dict[str, Any]]
         "skipped_in_a_row": trainer.skipped_in_a_row,
         "loss_scale": trainer.loss_scale.state() if trainer.loss_scale.dynamic else None,
         "spikes": trainer.spikes.state() if trainer.spikes.kept else None,
+        "back_to": trainer.saved[0] if trainer.saved else None,
+        "moments": trainer.precision.moments,
         "layout": trainer.mesh.sizes,
         "vocab": trainer.vocab,
         "max_positions": trainer.stages[0].max_positions,
@@ -109,7 +112,11 @@ def load(trainer: "Trainer", path: Path, counters: dict[str, Any]) -> None:
     trainer.step, trainer.skipped_in_a_row = counters["step"], counters["skipped_in_a_row"]
     trainer.loss_scale.load(counters.get("loss_scale"))
     trainer.spikes.load(counters.get("spikes"))
-    trainer.saved = trainer.step, path
+    # Not where a stop left this one: an unbroken run would not go back there.
+    back_to = counters.get("back_to", trainer.step)
+    kept = None if back_to is None else path.with_name(trainer.store.path(back_to).name)
+    there = trainer.comm.on_rank_zero(lambda: kept is not None and kept.is_dir())
+    trainer.saved = (back_to, kept) if kept and there else None
 
 
 def rewind(trainer: "Trainer") -> None:
@@ -159,17 +166,18 @@ def check_continuity(trainer: "Trainer", path: Path, counters: dict[str, Any], a
             raise UserError(
                 f"{key}: {now}, but {path} was trained with {before}; set {key}={before} or another run.name"
             )
-    for key, kinds in (
-        ("precision.fp8", ["delayed"]), ("precision.name", ["bf16_pure"]), ("precision.states", ["bf16", "fp8", "int8"])
-    ):  # fmt: skip
+    for key, kinds in (("precision.fp8", ["delayed"]), ("precision.name", ["bf16_pure"]), (STATES, SHORT_STATES)):
         before, now = at(saved, key), value_at(config, key)
+        if key == STATES:  # what auto stands for
+            before, now = counters.get("moments", before), trainer.precision.moments
         if before != now and (before in kinds or now in kinds):
             raise UserError(
                 f"{key}: {now}, but {path} keeps the state of {before}; set {key}={before} or another run.name"
             )
-    key = "precision.fp8_history"
-    if config.precision.fp8 == "delayed" and at(saved, key) != value_at(config, key):
-        raise UserError(f"{key}: {value_at(config, key)}, but {path} keeps {at(saved, key)} steps; set that")
+    for key in ("precision.fp8_history", "precision.fp8_skip") if config.precision.fp8 == "delayed" else ():
+        before, now = at(saved, key), value_at(config, key)
+        if before != now:
+            raise UserError(f"{key}: {now}, but {path} keeps the histories of {before}; set {key}={before}")
     for key in leaves(Config):
         before, now = at(saved, key), value_at(config, key)
         freely = key in LABELS or (key in OF_TRAINING and ("bias" not in key or None not in (before, now)))

@@ -20,7 +20,7 @@ from megalite.mesh import AXES
 from megalite.model.linear import Linear
 from megalite.model.transformer import Transformer
 from megalite.parallel.fp4 import Fp4
-from megalite.parallel.fp8 import KINDS, Factor, Fp8, Kind, multiplied
+from megalite.parallel.fp8 import KINDS, Factor, Fp8, Kind, multiplied, spread
 
 PRODUCTS = ("output", "input_gradient", "weight_gradient")
 OF_FACTOR = ("nonzero", "underflow", "saturation")
@@ -63,12 +63,12 @@ class Statistics:
         if not self.active:
             return None
         self.active = False
-        device = self.watched[0].module.weight.device if self.watched else None
-        sums = torch.zeros(len(self.names), len(SUMS), dtype=torch.float64, device=device)
-        largest = torch.zeros(len(self.names), len(LARGEST), dtype=torch.float64, device=device)
+        # On the host, where ranks without a linear are too.
+        sums = torch.zeros(len(self.names), len(SUMS), dtype=torch.float64)
+        largest = torch.zeros(len(self.names), len(LARGEST), dtype=torch.float64)
         for watched in self.watched:
             place = self.names.index(watched.name)
-            sums[place], largest[place] = watched.sums, watched.largest
+            sums[place], largest[place] = watched.sums.cpu(), watched.largest.cpu()
         self.comm.all_reduce(sums, *AXES)
         self.comm.all_reduce(largest, *AXES, op="max")
         rows = zip(self.names, sums.tolist(), largest.tolist(), strict=True)
@@ -80,8 +80,7 @@ class _Linear:
 
     def __init__(self, statistics: Statistics, name: str, module: Linear) -> None:
         self.statistics, self.name, self.module, self.comm = statistics, name, module, statistics.comm
-        tokens = ("cp", "tp") if module.split is None and module.tp.sp else ("cp",)
-        self.over = {"M": tokens, "N": ("tp",) * (module.split == "outputs"), "K": ("tp",) * (module.split == "inputs")}
+        self.over = spread(self.comm.mesh, module.split, module.tp.sp)
         self.clear()
 
     def clear(self) -> None:

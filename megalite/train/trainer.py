@@ -82,7 +82,7 @@ class Trainer:
         self.optimizer = build.make_optimizer(config, self.stages, self.gradients, self.precision)
         self.loss_scale = LossScale.of(config.precision, self.precision.scaled)
         self.balance = Balance(self.stages, self.comm, config.model)
-        self.fp8 = Fp8Steps(self.stages, self.comm, whole=config.parallel.zero < 3)
+        self.fp8 = Fp8Steps(self.stages, self.comm, whole=not build.shards_weights(config, self.mesh))
         self.numerics = Numerics(self.stages, self.pipeline, self.gradients, self.comm, config.debug.numerics)
         self.statistics = Statistics(self.stages, self.comm, config.log.statistics)
         self.store = CheckpointStore(self.run_dir / "checkpoints", self.comm, config.checkpoint.keep)
@@ -94,7 +94,9 @@ class Trainer:
         )
         self.facts.update(run_dir=str(self.run_dir), set_by_engine=settled)
         self.spikes = Spikes.of(config.train)
-        self.saved: tuple[int, Path] | None = None  # the last checkpoint of this course and its step
+        self.saved: tuple[int, Path] | None = (
+            None  # of this course, the last checkpoint whose turn it was, and its step
+        )
         self.step = self.skipped_in_a_row = 0
         self.stopping = self.rewinding = False
         self.resumed = resume(self)
@@ -143,7 +145,8 @@ class Trainer:
         self.numerics.begin()
         self.statistics.begin(step)
         scale = self.loss_scale.value
-        sums = self.pipeline.train(microbatches, tokens, ahead, scale)
+        with self.fp8.weights_kept():
+            sums = self.pipeline.train(microbatches, tokens, ahead, scale)
         self.gradients.finish()
         self.numerics.end()
         (nll_sum, z_sum, *ahead_sums), stop = self._agreed(sums, asked_to_stop)
@@ -165,7 +168,7 @@ class Trainer:
         if spike:
             self.event("spike", message=f"step {step}, {spike}", rewinds=self.rewinding)
         self.loss_scale.update(finite)
-        self.fp8.update()
+        self.fp8.update(finite, self.loss_scale.value / scale)
         metrics = self._measured(loss, z_loss, grad_norm, not finite, time.perf_counter() - started, data_s)
         further = [total / count for total, count in zip(ahead_sums, ahead, strict=True)]
         mtp_loss = sum(further) / len(further) if further else None
@@ -188,13 +191,16 @@ class Trainer:
     def save(self) -> Path:
         """Write this step's checkpoint; complete on disk when it returns."""
         started = time.perf_counter()
-        path = self.store.save(self.step, *training_state(self))
-        self.saved = self.step, path
+        if self._in_turn:
+            self.saved = self.step, self.store.path(self.step)
+        back_to = self.saved[1] if self.saved and self.spikes.limit else None
+        path = self.store.save(self.step, *training_state(self), spared=back_to)
         self.event("save", path=str(path), seconds=round(time.perf_counter() - started, 3))
         return path
 
     def evaluate(self, max_batches: int = 0, asked_to_stop: Callable[[], bool] | None = None) -> list[Evaluation]:
         """Loss on every validation set, over all ranks. Raises Stopped when one of them is asked to stop."""
+        self.fp8.begin()  # scales are those that a checkpoint of this instant would hold
         token_bytes = torch.as_tensor(self.data.token_bytes)
         samples = max_batches * self.config.train.global_batch
         where = (self.comm, self.config.train.micro_batch, self.device, samples, asked_to_stop)
@@ -257,7 +263,8 @@ class Trainer:
             started = time.perf_counter()
             self.gradients.zero()
             tokens = float(batches[0].targets.numel())
-            rehearsed.train(batches, tokens, [tokens] * self.config.model.mtp)
+            with self.fp8.weights_kept():
+                rehearsed.train(batches, tokens, [tokens] * self.config.model.mtp)
             self.gradients.finish()
             seconds = time.perf_counter() - started
         return seconds * int(self.facts["accumulation"]) / len(batches)
@@ -284,7 +291,13 @@ class Trainer:
 
     def _checkpoint_due(self) -> bool:
         every, done = self.config.checkpoint.every, self.step == self.config.train.steps
-        return self.stopping or (every is not None and (done or (every > 0 and self.step % every == 0)))
+        return every is not None and (self.stopping or done or self._in_turn)
+
+    @property
+    def _in_turn(self) -> bool:
+        """Whether this step has a checkpoint of its own, wherever the run was stopped."""
+        every = self.config.checkpoint.every
+        return every is not None and every > 0 and self.step % every == 0
 
     def _can_rewind(self, step: int) -> bool:
         """Whether this run goes back because of the spike in `step`; the same on all ranks."""

@@ -6,6 +6,7 @@ The poisoned batch has targets that the text never has.
 import json
 import math
 import random
+import signal
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from megalite import Trainer, load_config
+from megalite.checkpoint.store import complete_steps
 from megalite.data.training import GptSamples
 from megalite.errors import UserError
 from megalite.train import spikes
@@ -47,13 +49,21 @@ def poisoned(numbers: Sequence[int]) -> Any:
     return batch
 
 
-def course(folder: Path, numbers: Sequence[int], words: Sequence[str]) -> tuple[list[StepMetrics], int]:
-    """The metrics, as they are yielded, and how many batches were skipped."""
+def course(
+    folder: Path, numbers: Sequence[int], words: Sequence[str], stop_after: int = 0
+) -> tuple[list[StepMetrics], int]:
+    """The metrics, as they are yielded, and how many batches were skipped. `stop_after`: a step behind which the run is
+    asked to stop, as a scheduler does; it does so after the next one."""
     plain, usual = GptSamples.batch, spikes.FACTOR
     GptSamples.batch, spikes.FACTOR = poisoned(numbers), FACTOR  # type: ignore[method-assign]
     try:
         trainer = Trainer(load_config(*tiny_job(*JOB, f"run.dir={folder}", *words)))
-        return list(trainer), trainer.spikes.skipped
+        rows = []
+        for row in trainer:
+            rows.append(row)
+            if row.step == stop_after:
+                signal.raise_signal(signal.SIGTERM)
+        return rows, trainer.spikes.skipped
     finally:
         GptSamples.batch, spikes.FACTOR = plain, usual  # type: ignore[method-assign]
 
@@ -135,6 +145,17 @@ def test_a_rewind_is_the_run_that_never_saw_the_batch(tmp_path: Path) -> None:
         assert numbers(list(trainer)) == numbers(rows[:25] + rows[28:])
     finally:
         GptSamples.batch = plain  # type: ignore[method-assign]
+
+
+def test_a_stop_does_not_move_where_a_run_goes_back_to(tmp_path: Path) -> None:
+    """It leaves a checkpoint of step 27, which an unbroken run would not have."""
+    words = [REWINDS, "checkpoint.keep=1"]
+    whole, _ = course(tmp_path / "whole", [28], words)
+    first, _ = course(tmp_path / "parted", [28], words, stop_after=26)
+    kept = [int(path.name.removeprefix("step_")) for path in complete_steps(tmp_path / "parted" / "checkpoints")]
+    rest, skipped = course(tmp_path / "parted", [28], words)
+    assert kept == [25, 27] and first[-1].step == 27 and skipped == 3
+    assert numbers(first + rest) == numbers(whole) and [row.step for row in first + rest] == [r.step for r in whole]
 
 
 @pytest.mark.parametrize(

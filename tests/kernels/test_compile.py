@@ -2,6 +2,7 @@
 
 import megalite_kernels as kernels
 import torch
+from megalite_kernels.fp8 import quantize_fp8, scaled_mm
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -44,6 +45,14 @@ def test_registered_ops_are_sound() -> None:
     for z_weight in (0.5, None):
         options = (torch.arange(6), z_weight, 0.0, -100, True, True, "native")
         torch.library.opcheck(torch.ops.megalite.linear_cross_entropy.default, (hidden, weight, *options))
+
+
+def test_fake_tensors_of_fp8_have_no_memory_to_point_at() -> None:
+    with FakeTensorMode():
+        x, weight = torch.empty(32, 48), torch.empty(16, 48)
+        a, b = (quantize_fp8(of, recipe="tensorwise") for of in (x, weight))
+        y = scaled_mm(a[0], a[1], b[0], b[1], recipe_a="tensorwise", recipe_b="tensorwise", out_dtype=torch.float32)
+        assert y.shape == (32, 16)
 
 
 def test_fake_tensors_see_every_op() -> None:

@@ -81,6 +81,8 @@ def test_what_is_positive_does_not_become_zero() -> None:
     x = torch.tensor([[0.0, 1e-12, 1e-9, 1.0]])
     codes, _ = quantize_moment(x, moment_amax(x), "dynamic_unsigned")
     assert codes.tolist() == [[0, 1, 1, 255]]
+    codes, _ = quantize_moment(x, moment_amax(x), "fp16")
+    assert codes[0, 0] == 0 and (codes[0, 1:] > 0).all()
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -234,7 +234,10 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
     gradients = build.make_gradients(config, comm, stages, precision)
     pipeline = Pipeline(stages, schedule, comm, gradients, config.train.z_loss)
     optimizer = Optimizer(stages, gradients, config.optim, task.steps, precision, config.train.seed)
-    balance, fp8 = Balance(stages, comm, config.model), Fp8Steps(stages, comm, whole=layout.zero < 3)
+    balance, fp8 = (
+        Balance(stages, comm, config.model),
+        Fp8Steps(stages, comm, whole=not build.shards_weights(config, comm.mesh)),
+    )
     initial = parts(stages, local)
     losses, norms, loads, first = [], [], [], {}
     for step in range(1, task.steps + 1):
@@ -245,7 +248,8 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
         balance.begin()
         fp8.begin()
         ahead = further_targets(batch, config.model.mtp)
-        sums = pipeline.train(microbatches(batch, comm.mesh, task.micro), valid, ahead, task.loss_scale)
+        with fp8.weights_kept():
+            sums = pipeline.train(microbatches(batch, comm.mesh, task.micro), valid, ahead, task.loss_scale)
         gradients.finish()
         if task.loss_scale != 1.0:
             gradients.scale(1.0 / task.loss_scale)
@@ -257,7 +261,7 @@ def train(layout: Layout, task: Task) -> dict[str, Any]:
             gradients.scale(config.optim.clip / norm)
         optimizer.step(step)
         balance.update(routed)
-        fp8.update()
+        fp8.update(taken=True, rescaled=1.0)
         comm.record = None
         total = sums.sum(0) * (comm.mesh.index("tp") == 0)
         comm.all_reduce(total, "pp", "dp", "cp", "tp")

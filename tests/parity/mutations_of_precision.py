@@ -80,9 +80,9 @@ def _() -> Patch:
 
 @fault("delayed: every rank keeps the largest values of its own microbatches", DELAYED)
 def _() -> Patch:
-    def alone(original: Any, self: Fp8Steps) -> None:
+    def alone(original: Any, self: Fp8Steps, **words: Any) -> None:
         with around(Communicator, "all_reduce", lambda *_, **__: None):
-            original(self)
+            original(self, **words)
 
     return around(Fp8Steps, "update", alone)
 

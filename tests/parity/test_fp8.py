@@ -28,6 +28,7 @@ AGREED = [
     ("tensorwise", "gpt-oss", Layout(tp=2, sp=True, cp=2, etp=2)),
     ("tensorwise", "dropping", Layout(dp=2, tp=2, ep=2, dispatcher="all_gather", order="tp,cp,dp,pp")),
     ("delayed", "gpt-oss", Layout(dp=4, ep=2, etp=2)),
+    ("delayed", "gpt-oss", Layout(dp=4, tp=2, ep=2, etp=2)),
     ("delayed", "experts", Layout(cp=2, cp_kind="ulysses", zero=1)),
     ("delayed", "dropping", Layout(tp=2, pp=2, etp=2, schedule="zbv", chunks=2)),
     ("rowwise", "deepseek", Layout(dp=4, ep=4, dispatcher="node", node_ranks=2)),

@@ -184,7 +184,7 @@ def test_what_a_delayed_scale_cuts_off_is_counted() -> None:
     module, watched = linear_of(torch.float32, fp8)
     assert fp8.history is not None
     fp8.history.values = nn.Parameter(torch.ones(3, 1))
-    fp8.history.begin()
+    fp8.history.complete = fp8.history.begin().tolist()
     x = torch.full((16, 16), 0.5)
     x[0, :4] = torch.tensor([3.0, -1.1, 1e-7, 1.03])
     module(x.requires_grad_())

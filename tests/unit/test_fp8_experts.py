@@ -170,17 +170,27 @@ def test_each_expert_has_a_history_of_its_own() -> None:
     assert fp8.history is not None
     fp8.history.values = made.amax_history.detach()[:, 1]
     fp8.history.values[0, 0] = 1.0  # the first expert's inputs were small
-    fp8.history.begin()
-    assert fp8.history.complete == [False, False, False]
+    assert fp8.history.begin().tolist() == [False, False, False]
     parts = [given.rows_RD[i : i + 9] for i in range(0, 72, 9)]
     factors = fp8.quantized("input", parts, "MK")
     largest = [part.abs().max().item() for part in parts]
     scales = [factor.scales.item() * 448 for factor in factors]
     assert scales == pytest.approx([1.0, 1.0, *largest[2:]], rel=1e-6)
-    assert fp8.history.seen is not None
     assert fp8.history.seen[:, KINDS.index("input")].tolist() == pytest.approx(
         [max(largest[i : i + 2]) for i in range(0, 8, 2)], rel=1e-6
     )
+
+
+def test_a_history_does_not_hide_what_is_no_number() -> None:
+    fp8 = experts("delayed").fp8["up"]
+    assert fp8.history is not None
+    fp8.history.values = torch.ones(EXPERTS, len(KINDS), 2)
+    fp8.history.complete = fp8.history.begin().tolist()
+    parts = [torch.ones(2, 3) for _ in range(EXPERTS * SOURCES)]
+    parts[1][0, 0] = torch.inf
+    lost = [not factor.scales.isfinite().all() for factor in fp8.quantized("input", parts, "MK")]
+    assert fp8.history.complete == [True] * len(KINDS)
+    assert lost == [part == 1 for part in range(EXPERTS * SOURCES)]
 
 
 def test_histories_of_experts_are_kept(tmp_path: Path) -> None:

@@ -144,27 +144,39 @@ def history(values: list[list[float]]) -> History:
 def test_a_history_scales_by_the_steps_before() -> None:
     kept = history([[4.0, 8.0, 2.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     kept.note("input", torch.tensor(99.0))  # outside of a step
-    kept.begin()
+    known = kept.begin().tolist()
     assert kept.amax is not None
-    assert (kept.amax.tolist(), kept.complete) == ([8.0, 0.0, 1.0], [True, False, True])
+    assert (kept.amax.tolist(), known) == ([8.0, 0.0, 1.0], [True, False, True])
     for kind, amaxes in zip(KINDS, ([1.0, 3.0], [0.5, 0.25], [7.0, torch.nan]), strict=True):
         for amax in amaxes:
             kept.note(kind, torch.tensor([[amax]]))
-    assert kept.seen is not None
     kept.extend(kept.seen)
     assert kept.values is not None
     assert kept.values.tolist() == [[3.0, 4.0, 8.0], [0.5, 0.0, 0.0], [1.0, 0.0, 0.0]]
+    kept.rescale(0.5)
+    assert kept.values.tolist() == [[3.0, 4.0, 8.0], [0.5, 0.0, 0.0], [0.5, 0.0, 0.0]], "of gradients alone"
 
 
 def test_what_exceeds_the_history_saturates() -> None:
     fp8 = Fp8(Recipe("delayed", "e5m2"), ALONE, None, sp=False)
     fp8.history = history([[1.0], [1.0], [1.0]])
-    fp8.history.begin()
+    fp8.history.complete = fp8.history.begin().tolist()
     x = torch.tensor([[0.5, 1.0, 4.0]])
     codes, scales, _ = fp8.quantized("input", x, "MK")
     assert (codes.float() * scales).tolist() == [[0.5, 1.0, 1.0]]
-    assert fp8.history.seen is not None
     assert fp8.history.seen.tolist() == [4.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_history_does_not_hide_what_is_no_number(value: float) -> None:
+    """A step with one is skipped because its gradients' norm says so; cut off at a scale from before it would not."""
+    fp8 = Fp8(Recipe("delayed", "e5m2"), ALONE, None, sp=False)
+    fp8.history = history([[1.0], [1.0], [1.0]])
+    fp8.history.complete = fp8.history.begin().tolist()
+    for kind in KINDS:
+        codes, scales, _ = fp8.quantized(kind, torch.tensor([[0.5, value, 4.0]]), "MK")
+        assert (codes.float() * scales).isnan().all(), kind
+    assert fp8.gather(torch.tensor([value])).isinf().all()
 
 
 def job(folder: Path, *words: str) -> Trainer:
@@ -194,7 +206,11 @@ def test_histories_are_kept_and_refused_by_those_without(tmp_path: Path) -> None
     assert parted == whole
     for words, line in (
         (("precision.fp8=rowwise",), "precision.fp8: rowwise, but .* keeps the state of delayed"),
-        ((delayed, "precision.fp8_history=4"), "precision.fp8_history: 4, but .* keeps 16 steps"),
+        ((delayed, "precision.fp8_history=4"), "precision.fp8_history: 4, but .* keeps the histories of 16"),
+        (
+            (delayed, "precision.fp8_skip=[0,1]"),
+            r"precision.fp8_skip: \[0, 1\], but .* keeps the histories of \[0, 0\]",
+        ),
     ):
         with pytest.raises(UserError, match=line):
             job(tmp_path / "whole", *words, "train.steps=5")
@@ -207,3 +223,20 @@ def test_every_recipe_learns_nearly_as_float32(tmp_path: Path) -> None:
     for recipe in USUAL_BACKWARD:
         losses = [row.loss for row in job(tmp_path / recipe, *words, f"precision.fp8={recipe}")]
         assert losses != plain and losses[-1] == pytest.approx(plain[-1], rel=0.01), recipe
+
+
+def test_a_skipped_step_leaves_histories_as_they_were_but_for_the_loss_scale(tmp_path: Path) -> None:
+    """What is large, and finite, on its way to an inf would silence later steps; gradients come smaller from now on."""
+    words = ("precision=fp16", "precision.fp8=delayed", "precision.loss_scale_hysteresis=1", "train.steps=4")
+    trainer = job(tmp_path, *words, f"precision.loss_scale={2**8}")
+    histories = [values for name, values in trainer.stages[0].named_parameters() if "amax_history" in name]
+    trainer.train_step()
+    before = [values.clone() for values in histories]
+    norm = trainer.gradients.global_norm
+    trainer.gradients.global_norm = lambda: torch.tensor(torch.inf)  # type: ignore[method-assign]
+    assert trainer.train_step().skipped and trainer.loss_scale.value == 2**7
+    units = torch.tensor([[1.0], [1.0], [0.5]])
+    assert histories and all(torch.equal(now, then * units) for now, then in zip(histories, before, strict=True))
+    trainer.gradients.global_norm = norm  # type: ignore[method-assign]
+    trainer.train_step()
+    assert all(now.count_nonzero() == 2 * len(KINDS) for now in histories)

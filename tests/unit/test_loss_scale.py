@@ -65,6 +65,13 @@ def test_it_goes_on_from_its_state(before: str, after: str) -> None:
     assert course(whole, after) == course(second, after)
 
 
+def test_a_window_may_become_shorter() -> None:
+    longer, shorter = scale(window=8), scale(window=4)
+    course(longer, "ffffff")
+    shorter.load(longer.state())
+    assert course(shorter, "ffffff") == [32, 32, 32, 32, 64, 64]
+
+
 def test_other_precisions_have_none() -> None:
     for name, preset in PRESETS.items():
         machine = LossScale.of(PrecisionConfig(name), preset.scaled)

@@ -66,7 +66,9 @@ def test_what_is_bfloat16_stays_and_what_is_no_number_too() -> None:
         assert torch.equal(rounded[~codes.isnan()].view(torch.int16), codes[~codes.isnan()].view(torch.int16))
 
 
-def test_each_element_knows_its_place() -> None:
+@pytest.mark.parametrize("at_once", [2**20, 8])
+def test_each_element_knows_its_place(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megalite.optim.slabs.CHUNK", at_once)
     declared = Declaration((6, 5, 4), "matrix")
     whole = torch.arange(120).view(6, 5, 4)
     placed = Placement((2, 1, 0), (3, 4, 4))

@@ -77,6 +77,13 @@ def test_sigterm_saves_and_the_next_start_goes_on(tmp_path: Path) -> None:
     assert [row.step for row in train(tmp_path, "train.steps=6")] == [4, 5, 6]
 
 
+def test_a_run_without_checkpoints_leaves_none_when_it_is_stopped(tmp_path: Path) -> None:
+    for row in (made := trainer(tmp_path, "train.steps=6", "checkpoint.every=null")):
+        if row.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert made.step == 3 and not complete_steps(tmp_path / "checkpoints")
+
+
 def test_sigterm_leaves_an_evaluation(tmp_path: Path) -> None:
     made = trainer(tmp_path, "train.steps=6", "train.eval_every=2", "train.eval_batches=0")
     plain, batches = made.pipeline.evaluate, []

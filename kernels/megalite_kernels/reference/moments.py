@@ -23,6 +23,7 @@ MOMENT_DTYPES = {
     "fp16": torch.float16,
 }
 DECADES = 7
+SMALLEST_FP16 = 2.0**-24
 
 
 @functools.cache
@@ -48,7 +49,8 @@ def moment_amax(x_RC: Tensor, skip: int = 0) -> Tensor:
 def quantize_moment(x_RC: Tensor, amax_RB: Tensor, format: str, skip: int = 0) -> tuple[Tensor, Tensor]:
     """(codes [rows, columns], scales [rows, blocks] float32), to nearest; a block with inf or NaN has the scale NaN.
 
-    A positive number of "dynamic_unsigned" never becomes 0: a step divides by its root, and would then by eps alone.
+    A positive number of "dynamic_unsigned" or "fp16" never becomes 0: a step divides by its root, and would then by eps
+    alone.
     """
     dtype, amax = MOMENT_DTYPES[format], amax_RB.float()
     if dtype == torch.uint8:
@@ -59,7 +61,8 @@ def quantize_moment(x_RC: Tensor, amax_RB: Tensor, format: str, skip: int = 0) -
     share = x_RC / _spread(scale.to(x_RC.dtype), x_RC, skip)
     if dtype == torch.float16:
         largest = torch.finfo(dtype).max
-        return share.clamp(-largest, largest).to(dtype), scale
+        code = share.clamp(-largest, largest).to(dtype)
+        return torch.where(share > 0, code.clamp(min=SMALLEST_FP16), code), scale
     return round_fp8(share, dtype), scale
 
 
