@@ -83,6 +83,8 @@ def main() -> None:
     )
     print(f"{options.model}, {options.precision}" + " " * 13 + heads + f" {'cpu-ms/tok':>10} {'MB':>7} {'loss':>8}")
     interpreters = dict(word.split("=", 1) for word in options.python)
+    if unknown := interpreters.keys() - {*PEERS, ONE}:
+        sys.exit(f"python: no engine {unknown.pop()}; such as python=megatron=/venv/bin/python")
     every = []
     for name in options.rows:
         one = Result(ONE, options.precision, "1x1", options.model)
