@@ -75,6 +75,11 @@ class Fp4:
         bits = self._bits(values, dims) if kind == "gradient" else None
         return dequantize_nvfp4(*quantize_nvfp4(values, rows=rows, amax=amax, bits=bits), rows=rows, dtype=wide)
 
+    @staticmethod
+    def known(kind: Kind, made: Tensor) -> dict[str, Tensor]:
+        """Nothing: what is transposed is transformed first."""
+        return {}
+
     def weight_gradient(self, x: Tensor, grad_y: Tensor, dtype: torch.dtype) -> Tensor:
         """[N, K] from the input [..., K] and the output's gradient [..., N]; both are quantised along the tokens."""
         x, grad_y = (t.to(torch.promote_types(t.dtype, torch.float32)).flatten(0, -2).t() for t in (x, grad_y))

@@ -6,8 +6,9 @@ factors widened again. Dimensions: M tokens of a microbatch, N outputs, K inputs
 columns are what the product sums over.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -88,6 +89,12 @@ def factor(values: Tensor, blocks: str, dtype: torch.dtype, amax: Tensor | None 
     """A matrix in FP8, each block scaled by the largest value given for it, else by its own."""
     scale = None if amax is None else fp8_scale(amax, dtype=dtype)
     codes, scales = quantize_fp8(values, recipe=blocks, dtype=dtype, scale=scale)
+    return Factor(codes, scales, blocks)
+
+
+def scaled(values: Tensor, blocks: str, dtype: torch.dtype, scale: Tensor) -> Factor:
+    """A matrix in FP8 by scales that are known."""
+    codes, scales = quantize_fp8(values.contiguous(), recipe=blocks, dtype=dtype, scale=scale)
     return Factor(codes, scales, blocks)
 
 
@@ -220,10 +227,19 @@ class Fp8:
             known = amax
         return factor(values, blocks, dtype, unless_lost(known.view_as(amax), amax))
 
-    def weight_gradient(self, x: Tensor, grad_y: Tensor, dtype: torch.dtype) -> Tensor:
+    def known(self, kind: Kind, made: Factor) -> dict[str, Tensor]:
+        """What `weight_gradient` need not find or agree on: a whole tensor's scale is the transposed one's too."""
+        return {kind: made.scales} if made.blocks == "tensorwise" else {}
+
+    def weight_gradient(self, x: Tensor, grad_y: Tensor, dtype: torch.dtype, **known: Tensor) -> Tensor:
         """[N, K] from the input [..., K] and the output's gradient [..., N]; both are quantised along the tokens."""
-        gradient = self.quantized("gradient", grad_y.flatten(0, -2).t(), "NM")
-        return multiplied(gradient, self.quantized("input", x.flatten(0, -2).t(), "KM"), dtype)
+        gradient = self._turned("gradient", grad_y.flatten(0, -2).t(), "NM", known)
+        return multiplied(gradient, self._turned("input", x.flatten(0, -2).t(), "KM", known), dtype)
+
+    def _turned(self, kind: Kind, values: Tensor, dims: str, known: Mapping[str, Tensor]) -> Factor:
+        if kind not in known:
+            return self.quantized(kind, values, dims)
+        return scaled(values, self.recipe.blocks(kind), self.recipe.dtype(kind), known[kind])
 
 
 class Product(torch.autograd.Function):
@@ -234,18 +250,21 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.how, ctx.deferred, ctx.weight = how, deferred, None if deferred is None else weight
         factors = how.quantized("input", x.flatten(0, -2), "MK"), how.quantized("weight", weight.detach(), "NK")
+        ctx.known = how.known("input", factors[0])
         y: Tensor = how.multiply(*factors, x.dtype)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), how, deferred = ctx.saved_tensors, ctx.how, ctx.deferred
+        (x, weight), how, deferred, known = ctx.saved_tensors, ctx.how, ctx.deferred, ctx.known
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             gradient = how.quantized("gradient", grad_y.flatten(0, -2), "MN")
             grad_x = how.multiply(gradient, how.quantized("weight", weight.t(), "KN"), x.dtype).view_as(x)
+            known = known | how.known("gradient", gradient)
+        weight_gradient = partial(how.weight_gradient, **known)
         if deferred is not None and deferred.waiting is not None:
-            deferred.keep(ctx.weight, x, grad_y, how.weight_gradient)
+            deferred.keep(ctx.weight, x, grad_y, weight_gradient)
         else:
-            grad_weight = how.weight_gradient(x, grad_y, weight.dtype)
+            grad_weight = weight_gradient(x, grad_y, weight.dtype)
         return grad_x, grad_weight, None, None

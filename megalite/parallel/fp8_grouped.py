@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megalite.comm import Communicator
 from megalite.parallel.experts import Sources
-from megalite.parallel.fp8 import Factor, History, Kind, Recipe, WeightFactors, factor, multiplied, unless_lost
+from megalite.parallel.fp8 import Factor, History, Kind, Recipe, WeightFactors, factor, multiplied, scaled, unless_lost
 
 
 class GroupedFp8:
@@ -107,7 +107,9 @@ class _Grouped(torch.autograd.Function):
         ends = offsets.tolist()
         ctx.save_for_backward(x, weight)
         ctx.fp8, ctx.ends, ctx.bias_dtype = fp8, ends, None if bias is None else bias.dtype
-        y = _products(fp8, x, ends, "input", "MK", weight.detach(), "NK")
+        factors = fp8.quantized("input", _parts(x, ends), "MK")
+        ctx.input_scales = _scales(factors)
+        y = _products(fp8, x, ends, factors, weight.detach(), "NK")
         if bias is not None:
             for part, (start, stop) in enumerate(pairwise(ends)):
                 y[start:stop] += bias[part // len(fp8.sources.places)]
@@ -117,10 +119,13 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), fp8, ends = ctx.saved_tensors, ctx.fp8, ctx.ends
         grad_x = grad_weight = grad_bias = None
+        known: dict[Kind, list[Tensor]] = {"input": ctx.input_scales}
         if ctx.needs_input_grad[0]:
-            grad_x = _products(fp8, grad, ends, "gradient", "MN", weight.transpose(1, 2), "KN")
+            factors = fp8.quantized("gradient", _parts(grad, ends), "MN")
+            known["gradient"] = _scales(factors)
+            grad_x = _products(fp8, grad, ends, factors, weight.transpose(1, 2), "KN")
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(fp8, x, grad, ends, weight)
+            grad_weight = _weight_gradient(fp8, x, grad, ends, weight, known)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             sums = [_wide(rows).sum(0) for rows in _parts(grad, ends)]
             grad_bias = torch.stack(sums).view(len(weight), -1, grad.shape[1]).sum(1).to(ctx.bias_dtype)
@@ -128,11 +133,10 @@ class _Grouped(torch.autograd.Function):
 
 
 def _products(
-    fp8: GroupedFp8, rows: Tensor, ends: list[int], kind: Kind, dims: str, weight: Tensor, weight_dims: str
+    fp8: GroupedFp8, rows: Tensor, ends: list[int], factors: Sequence[Factor], weight: Tensor, dims: str
 ) -> Tensor:
     """Each part's rows times its expert's weightᵀ; what no expert has is zero."""
-    factors = fp8.quantized(kind, _parts(rows, ends), dims)
-    weights = fp8.quantized("weight", weight.unbind(0), weight_dims)
+    weights = fp8.quantized("weight", weight.unbind(0), dims)
     out = rows.new_zeros(len(rows), weight.shape[1])
     for part, (start, stop) in enumerate(pairwise(ends)):
         if start < stop:
@@ -140,15 +144,34 @@ def _products(
     return out
 
 
-def _weight_gradient(fp8: GroupedFp8, x: Tensor, grad: Tensor, ends: list[int], weight: Tensor) -> Tensor:
-    """[E, N, K]: of each expert the sum over its microbatches' products, each quantised along its rows."""
-    gradients = fp8.quantized("gradient", [rows.t() for rows in _parts(grad, ends)], "NM")
-    inputs = fp8.quantized("input", [rows.t() for rows in _parts(x, ends)], "KM")
+def _weight_gradient(
+    fp8: GroupedFp8, x: Tensor, grad: Tensor, ends: list[int], weight: Tensor, known: dict[Kind, list[Tensor]]
+) -> Tensor:
+    """[E, N, K]: of each expert the sum over its microbatches' products, each quantised along its rows. `known`: scales
+    that are those of the transposed parts too."""
+    gradients = _turned(fp8, "gradient", _parts(grad, ends), "NM", known)
+    inputs = _turned(fp8, "input", _parts(x, ends), "KM", known)
     out = torch.zeros_like(weight, dtype=_wide(weight[:0]).dtype)
     for part, (start, stop) in enumerate(pairwise(ends)):
         if start < stop:
             out[part // len(fp8.sources.places)] += multiplied(gradients[part], inputs[part], out.dtype)
     return out.to(weight.dtype)
+
+
+def _scales(factors: Sequence[Factor]) -> list[Tensor]:
+    """Of whole parts; none where rows or blocks have their own."""
+    return [factor.scales for factor in factors if factor.blocks == "tensorwise"]
+
+
+def _turned(
+    fp8: GroupedFp8, kind: Kind, parts: Sequence[Tensor], dims: str, known: dict[Kind, list[Tensor]]
+) -> list[Factor]:
+    """The factors of the transposed parts."""
+    turned = [rows.t() for rows in parts]
+    if not (scales := known.get(kind)):
+        return fp8.quantized(kind, turned, dims)
+    blocks, dtype = fp8.recipe.blocks(kind), fp8.recipe.dtype(kind)
+    return [scaled(part, blocks, dtype, scale) for part, scale in zip(turned, scales, strict=True)]
 
 
 def _parts(rows: Tensor, ends: list[int]) -> list[Tensor]:

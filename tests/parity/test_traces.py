@@ -27,13 +27,16 @@ LAYOUTS = {
     "dp_tp_pp": Layout(dp=2, tp=2, sp=True, pp=2, zero=1),
     "hybrid_cp": Layout(cp=4, cp_kind="hybrid"),
 }
+CASES = {name: (layout, Task(steps=2)) for name, layout in LAYOUTS.items()} | {
+    f"fp8_{recipe}": (Layout(tp=2, cp=2), Task("untied", steps=2, fp8=recipe)) for recipe in ("tensorwise", "delayed")
+}
 HEAD = "rank  times  phase     op              axes         bytes  dtype"
 
 
-def trace(layout: Layout) -> str:
+def trace(layout: Layout, task: Task) -> str:
     """Calls of one step on the first and the last rank: how often, in which phase, what, over which axes, how large."""
-    ranks = trained(layout, Task(steps=2))
-    lines = [f"# {layout}, the second step", HEAD]
+    ranks = trained(layout, task)
+    lines = [f"# {layout}{'' if task.fp8 == 'none' else f', fp8 {task.fp8}'}, the second step", HEAD]
     for rank in (0, layout.world - 1):
         counted = Counter((c.phase, c.op, "×".join(c.axes), c.bytes, c.dtype) for c in ranks[rank]["calls"])
         lines += [
@@ -43,12 +46,12 @@ def trace(layout: Layout) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
 def test_communicates_as_written_down(name: str) -> None:
-    assert trace(LAYOUTS[name]) == (TRACES / f"{name}.txt").read_text(), "python -m tests.parity.test_traces --write"
+    assert trace(*CASES[name]) == (TRACES / f"{name}.txt").read_text(), "python -m tests.parity.test_traces --write"
 
 
 if __name__ == "__main__" and "--write" in sys.argv[1:]:
     TRACES.mkdir(exist_ok=True)
-    for name, layout in LAYOUTS.items():
-        (TRACES / f"{name}.txt").write_text(trace(layout))
+    for name, case in CASES.items():
+        (TRACES / f"{name}.txt").write_text(trace(*case))
