@@ -113,7 +113,8 @@ def table(experiment: str, found: dict[str, tuple[list[float], float]]) -> list[
 def main() -> None:
     options = given(Options, __doc__)
     recipes = ["fp32", *(recipe for recipe in options.recipes if recipe != "fp32")]
-    lines = [MARKS[0], "", f"    python benchmarks/precision.py recipes={','.join(recipes)}", ""]
+    which = f"experiments={','.join(options.experiments)} recipes={','.join(recipes)}"
+    lines = [MARKS[0], "", f"    python benchmarks/precision.py {which}", ""]
     for experiment in options.experiments:
         found = {recipe: losses(train(experiment, recipe, options)) for recipe in recipes}
         lines += [*table(experiment, found), f"![{experiment}]({picture(experiment, found).name})", ""]
