@@ -87,13 +87,11 @@ class WeightFactors:
 
 def factor(values: Tensor, blocks: str, dtype: torch.dtype, amax: Tensor | None = None) -> Factor:
     """A matrix in FP8, each block scaled by the largest value given for it, else by its own."""
-    scale = None if amax is None else fp8_scale(amax, dtype=dtype)
-    codes, scales = quantize_fp8(values, recipe=blocks, dtype=dtype, scale=scale)
-    return Factor(codes, scales, blocks)
+    return scaled(values, blocks, dtype, None if amax is None else fp8_scale(amax, dtype=dtype))
 
 
-def scaled(values: Tensor, blocks: str, dtype: torch.dtype, scale: Tensor) -> Factor:
-    """A matrix in FP8 by scales that are known."""
+def scaled(values: Tensor, blocks: str, dtype: torch.dtype, scale: Tensor | None) -> Factor:
+    """A matrix in FP8 by scales that are known; None: by its own."""
     codes, scales = quantize_fp8(values.contiguous(), recipe=blocks, dtype=dtype, scale=scale)
     return Factor(codes, scales, blocks)
 
