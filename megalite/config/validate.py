@@ -32,12 +32,7 @@ def violations(config: Config, world_size: int | None = None, trains: bool = Tru
     job = Job(config, world_size, trains)
     return [
         *bad.values(),
-        *(
-            line
-            for keys, rule in [rule for room in ROOMS for rule in room]
-            if not bad.keys() & set(keys)
-            for line in rule(job)
-        ),
+        *(line for room in ROOMS for keys, rule in room if not bad.keys() & set(keys) for line in rule(job)),
     ]
 
 

@@ -22,7 +22,12 @@ PROBES = 8
 """Samples, spread over those already trained on, whose digests a checkpoint keeps: a changed order is noticed."""
 MAY_CHANGE = ("run.", "log.", "checkpoint.", "parallel.", "train.threads", "train.dry_run", "train.profile_step")
 """Keys that change nothing of what is computed, so nothing is said of them."""
-STATES, SHORT_STATES = "precision.states", ("bf16", "fp8", "int8")
+WITH_STATE = {
+    "precision.fp8": ("delayed",),
+    "precision.name": ("bf16_pure",),
+    "precision.states": ("bf16", "fp8", "int8"),
+}
+"""Values of keys that leave something in a checkpoint which other values could not go on from."""
 LABELS = ("model.name", "model.family")
 OF_TRAINING = tuple(
     f"model.moe.{name}"
@@ -166,10 +171,11 @@ def check_continuity(trainer: "Trainer", path: Path, counters: dict[str, Any], a
             raise UserError(
                 f"{key}: {now}, but {path} was trained with {before}; set {key}={before} or another run.name"
             )
-    for key, kinds in (("precision.fp8", ["delayed"]), ("precision.name", ["bf16_pure"]), (STATES, SHORT_STATES)):
-        before, now = at(saved, key), value_at(config, key)
-        if key == STATES:  # what auto stands for
-            before, now = counters.get("moments", before), trainer.precision.moments
+    both = {key: (at(saved, key), value_at(config, key)) for key in WITH_STATE}
+    if "moments" in counters:  # what auto stands for
+        both["precision.states"] = counters["moments"], trainer.precision.moments
+    for key, kinds in WITH_STATE.items():
+        before, now = both[key]
         if before != now and (before in kinds or now in kinds):
             raise UserError(
                 f"{key}: {now}, but {path} keeps the state of {before}; set {key}={before} or another run.name"

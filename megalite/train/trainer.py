@@ -94,9 +94,8 @@ class Trainer:
         )
         self.facts.update(run_dir=str(self.run_dir), set_by_engine=settled)
         self.spikes = Spikes.of(config.train)
-        self.saved: tuple[int, Path] | None = (
-            None  # of this course, the last checkpoint whose turn it was, and its step
-        )
+        # Of this course, the last checkpoint whose turn it was, and its step.
+        self.saved: tuple[int, Path] | None = None
         self.step = self.skipped_in_a_row = 0
         self.stopping = self.rewinding = False
         self.resumed = resume(self)
