@@ -114,6 +114,7 @@ def main() -> None:
     options = given(Options, __doc__)
     recipes = ["fp32", *(recipe for recipe in options.recipes if recipe != "fp32")]
     which = f"experiments={','.join(options.experiments)} recipes={','.join(recipes)}"
+    which += f" nproc={options.nproc}" if options.nproc != Options.nproc else ""
     lines = [MARKS[0], "", f"    python benchmarks/precision.py {which}", ""]
     for experiment in options.experiments:
         found = {recipe: losses(train(experiment, recipe, options)) for recipe in recipes}

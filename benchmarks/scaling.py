@@ -82,7 +82,7 @@ def main() -> None:
         f"{'of ' + peer:>12} {'range':>11}" for peer in PEERS
     )
     print(f"{options.model}, {options.precision}" + " " * 13 + heads + f" {'cpu-ms/tok':>10} {'MB':>7} {'loss':>8}")
-    interpreters = dict(word.split("=", 1) for word in options.python)
+    interpreters = dict(word.partition("=")[::2] for word in options.python)
     if unknown := interpreters.keys() - {*PEERS, ONE}:
         sys.exit(f"python: no engine {unknown.pop()}; such as python=megatron=/venv/bin/python")
     every = []

@@ -38,6 +38,13 @@ class Stopped(Exception):
     """Another rank failed."""
 
 
+class Deadlock(AssertionError):
+    """Every rank waits for another."""
+
+
+DEADLOCK = "no rank can go on"
+
+
 class _Turns:
     """Whose turn it is among `size` ranks."""
 
@@ -77,7 +84,7 @@ class _Turns:
                 self.turn[candidate].release()
                 return
         if self.waiting:
-            self.stop("no rank can go on")
+            self.stop(DEADLOCK)
 
     def stop(self, failure: str) -> None:
         """Every waiting rank ends."""
@@ -282,7 +289,8 @@ def world_of_thread() -> World | None:
 
 
 def run_threads(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Results of `function(*arguments)` by rank; it finds its process group joined. AssertionError: what went wrong."""
+    """Results of `function(*arguments)` by rank; it finds its process group joined. AssertionError: what went
+    wrong on a rank; Deadlock: nothing did, and each waits."""
     assert world <= MOST_RANKS, f"{world} ranks: there are {MOST_RANKS} threads"
     turns, threads = _Turns(world), _threads()
     with _worlds_of_threads():
@@ -290,5 +298,6 @@ def run_threads(world: int, function: Callable[..., Any], *arguments: Any) -> li
         turns.pass_on(-1)
         errors = [future.exception() for future in under_way]
     if turns.failure:
-        raise AssertionError("\n".join([turns.failure, *(_told(of) for of in errors if isinstance(of, Stopped))]))
+        kind = Deadlock if turns.failure == DEADLOCK else AssertionError
+        raise kind("\n".join([turns.failure, *(_told(of) for of in errors if isinstance(of, Stopped))]))
     return [future.result() for future in under_way]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megalite_kernels import native
 from megalite_kernels.attention_choice import choose_for_spans
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.reference import accumulation_dtype
 
 LN2 = math.log(2.0)
@@ -22,7 +23,7 @@ SCORES_IN_BLOCK = 1 << 22
 """Elements of the largest block of scores the PyTorch route makes at once (16 MiB in float32)."""
 
 
-@torch.library.custom_op("megalite::visible_spans", mutates_args=())
+@custom_op("megalite::visible_spans", mutates_args=())
 def visible_spans(
     q_BSHD: Tensor, keys: int, causal: bool, window: int, documents: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -46,7 +47,7 @@ def _(q_BSHD: Tensor, keys: int, causal: bool, window: int, documents: Tensor | 
     return q_BSHD.new_empty(shape, dtype=torch.int32), q_BSHD.new_empty(shape, dtype=torch.int32)
 
 
-@torch.library.custom_op("megalite::packed_spans", mutates_args=())
+@custom_op("megalite::packed_spans", mutates_args=())
 def packed_spans(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, queries: int, keys: int, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ def _demand(holds: Tensor, what: str) -> None:
         torch._assert_async(holds, f"attention: {what}")
 
 
-@torch.library.custom_op("megalite::attention", mutates_args=())
+@custom_op("megalite::attention", mutates_args=())
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, low_BS: Tensor, high_BS: Tensor, scale: float, softcap: float, route: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -109,7 +110,7 @@ def attention_forward(
     return out, lse
 
 
-@torch.library.custom_op("megalite::attention_backward", mutates_args=())
+@custom_op("megalite::attention_backward", mutates_args=())
 def attention_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, low_BS: Tensor, high_BS: Tensor,
     scale: float, softcap: float, grad_lse: Tensor | None = None, route: str = "auto",

@@ -2,10 +2,14 @@
 
 import functools
 import platform
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from megalite_kernels.build import library
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @functools.cache
@@ -20,12 +24,18 @@ def bf16_matmul_hardware() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: F) -> F:
+    """As torch.compiler.assume_constant_result marks it, whose import of torch's compiler takes 140 MB and a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
 def compiled_kernels() -> bool:
     return library().functions is not None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def emulate_bf16_on_cpu() -> bool:
     """True when bf16 products on the CPU are to be made in fp32 and rounded once."""
     return bf16_matmul_hardware() is None

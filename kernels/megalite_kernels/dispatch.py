@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megalite_kernels.build import library
+from megalite_kernels.capability import constant_when_compiled
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,7 @@ def _no_torch_adamw(request: Request, machine: Machine) -> str | None:
     return None if request.feature("one dtype") else "torch._fused_adamw_ wants weights, gradients and moments alike"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def choose(op: str, wanted: str, device: str, dtype: torch.dtype, features: tuple[tuple[str, Any], ...] = ()) -> str:
     """The backend for tensors of `dtype` on `device`; see `decide`."""
     return _decided(op, wanted, device, dtype, features).backend

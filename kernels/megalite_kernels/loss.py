@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megalite_kernels import native, reference
 from megalite_kernels.capability import compiled_kernels, emulate_bf16_on_cpu
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.dispatch import choose
 from megalite_kernels.reference import IGNORE_INDEX, accumulation_dtype
 
@@ -320,7 +321,7 @@ def _backward(
     return hidden, weight
 
 
-@torch.library.custom_op("megalite::linear_cross_entropy", mutates_args=())
+@custom_op("megalite::linear_cross_entropy", mutates_args=())
 def chunked(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, z_weight: float | None, softcap: float,
     ignore_index: int, hidden_grad: bool, weight_grad: bool, rows: str,
@@ -341,7 +342,7 @@ def _(
     return nll_sum, z_sum, grad_hidden, grad_weight
 
 
-@torch.library.custom_op("megalite::linear_cross_entropy_backward", mutates_args=())
+@custom_op("megalite::linear_cross_entropy_backward", mutates_args=())
 def chunked_backward(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_hidden: Tensor, grad_weight: Tensor,
     grad_nll: Tensor, grad_z: Tensor, z_weight: float | None, softcap: float, ignore_index: int,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite_kernels.capability import emulate_bf16_on_cpu
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.moe_gradients import products, there_and_back
 from megalite_kernels.reference.moe import TINY, outside_top_groups, sorted_places, sorted_rows
 from megalite_kernels.reference.wide import widen
@@ -42,7 +43,7 @@ def route(
     return indices, probs * scale, counts
 
 
-@torch.library.custom_op("megalite::cpu_moe_permute", mutates_args=())
+@custom_op("megalite::cpu_moe_permute", mutates_args=())
 def permute(
     x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int, rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +66,7 @@ def _spread(x_ND: Tensor, inverse_NK: Tensor, rows: int) -> tuple[Tensor, Tensor
     return (out.index_fill_(0, free, 0.0) if len(free) else out), slot
 
 
-@torch.library.custom_op("megalite::cpu_moe_unpermute", mutates_args=())
+@custom_op("megalite::cpu_moe_unpermute", mutates_args=())
 def unpermute(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None) -> Tensor:
     """`moe_unpermute`."""
     y = widen(y_MD)
@@ -76,7 +77,7 @@ def unpermute(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None) -> Tens
     return F.embedding_bag(inverse_NK, y, mode="sum", per_sample_weights=weights).to(y_MD.dtype)
 
 
-@torch.library.custom_op("megalite::cpu_moe_unpermute_backward", mutates_args=())
+@custom_op("megalite::cpu_moe_unpermute_backward", mutates_args=())
 def unpermute_backward(
     grad_ND: Tensor, inverse_NK: Tensor, rows: int, probs_NK: Tensor | None, y_MD: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -94,7 +95,7 @@ def unpermute_backward(
     return wide.mul_(prob[:, None]).to(grad_ND.dtype), grad_probs.view(probs_NK.shape)
 
 
-@torch.library.custom_op("megalite::cpu_grouped_gemm", mutates_args=())
+@custom_op("megalite::cpu_grouped_gemm", mutates_args=())
 def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None) -> Tensor:
     """`grouped_gemm`."""
     y = x_MD.new_empty((len(x_MD), w_EDF.shape[2]))
@@ -105,7 +106,7 @@ def grouped_gemm(x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor |
     return y
 
 
-@torch.library.custom_op("megalite::cpu_grouped_gemm_weights", mutates_args=())
+@custom_op("megalite::cpu_grouped_gemm_weights", mutates_args=())
 def grouped_gemm_weights(x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_EDF: Tensor) -> Tensor:
     """Each expert's xᵀ · grad over its rows, with the strides of `like`."""
     out = torch.empty_like(like_EDF)
@@ -115,7 +116,7 @@ def grouped_gemm_weights(x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_ED
     return out
 
 
-@torch.library.custom_op("megalite::cpu_grouped_gemm_bias", mutates_args=())
+@custom_op("megalite::cpu_grouped_gemm_bias", mutates_args=())
 def grouped_gemm_bias(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     """Each expert's sum over its rows, [E, F]."""
     return torch.stack([widen(grad_MF[a:b]).sum(0) for a, b in pairwise(offsets.tolist())]).to(dtype)

@@ -11,7 +11,6 @@ import yaml
 from megalite.checkpoint.huggingface.folder import copy_companions, open_huggingface
 from megalite.checkpoint.stored_model import StoredModel, empty_model, refuse_impossible
 from megalite.checkpoint.tensor_folder import SHARD_BYTES, TensorFolder, new_folder, safe_file, write_tensors
-from megalite.checkpoint.training import is_training, open_training
 from megalite.config.build import build
 from megalite.config.schema import Config, ModelConfig, key
 from megalite.config.tree import leaves, value_at
@@ -44,6 +43,8 @@ def open_model(path: str | Path) -> StoredModel:
         return _open_native(folder)
     if (folder / "config.json").exists():
         return open_huggingface(folder)
+    from megalite.checkpoint.training import is_training, open_training  # torch's checkpoints: a second of imports
+
     if is_training(folder):
         return open_training(folder)
     raise UserError(

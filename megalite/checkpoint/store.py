@@ -18,6 +18,7 @@ from megalite.disk import sync
 from megalite.errors import RunError, UserError
 from megalite.mesh import AXES
 from megalite.parallel.boxes import Held
+from megalite.progress import Progress
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 MANIFEST = "manifest.json"
@@ -171,12 +172,19 @@ def listed_files(checkpoint: Path) -> dict[str, Any]:
 
 def check_files(checkpoint: Path, files: dict[str, Any], rank: int = 0, ranks: int = 1) -> None:
     """Compare sizes and digests of this rank's share of `files`; UserError names the first damaged one."""
-    for name in sorted(files)[rank::ranks]:
-        path = checkpoint / name
-        if Path(name).name != name or path.is_symlink() or not path.is_file():
-            raise UserError(f"{path}: missing from the checkpoint; delete {checkpoint.name} to go on from an older one")
-        if describe_file(path) != {key: files[name][key] for key in ("bytes", "sha256")}:
-            raise UserError(f"{path}: damaged (digest differs); delete {checkpoint.name} to go on from an older one")
+    mine = sorted(files)[rank::ranks]
+    with Progress(f"checking {checkpoint.name}", len(mine), "files", show=rank == 0) as bar:
+        for name in mine:
+            path = checkpoint / name
+            if Path(name).name != name or path.is_symlink() or not path.is_file():
+                raise UserError(
+                    f"{path}: missing from the checkpoint; delete {checkpoint.name} to go on from an older one"
+                )
+            if describe_file(path) != {key: files[name][key] for key in ("bytes", "sha256")}:
+                raise UserError(
+                    f"{path}: damaged (digest differs); delete {checkpoint.name} to go on from an older one"
+                )
+            bar.advance()
 
 
 def read_trainer(checkpoint: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megalite.disk import sync
 from megalite.errors import RunError, UserError
+from megalite.progress import Progress
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -94,13 +95,18 @@ def write_tensors(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str]
         filled += size
     total = len(shards)
     files = [SINGLE] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
-    for file, names in zip(files, shards, strict=True):
-        try:
-            save_file({name: tensor(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise RunError(
-                f"{folder / file}: cannot be written ({error}); free space or choose another output"
-            ) from None
+    with Progress("writing tensors", sum(sizes.values()), "B") as bar:
+        for file, names in zip(files, shards, strict=True):
+            made: dict[str, Tensor] = {}
+            for name in names:
+                made[name] = tensor(name).contiguous()
+                bar.advance(sizes[name])
+            try:
+                save_file(made, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise RunError(
+                    f"{folder / file}: cannot be written ({error}); free space or choose another output"
+                ) from None
     if total > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

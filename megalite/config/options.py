@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from megalite.config.build import convert
-from megalite.config.tree import Leaf, leaves, nearest
+from megalite.config.tree import Leaf, leaves, nearest, value_at
 from megalite.errors import UserError
 
 T = TypeVar("T")
@@ -21,7 +21,8 @@ def required(help: str, *, choices: tuple[Any, ...] = ()) -> Any:
 
 
 def parse_options(cls: type[T], arguments: Sequence[str], usage: str, positional: Sequence[str] = ()) -> T:
-    """`cls` from `key=value` words; words without '=' fill the `positional` keys in their order.
+    """`cls` from `key=value` words, `group.key=value` for a dataclass inside; words without '=' fill the `positional`
+    keys in their order.
 
     Values are taken literally (no quoting rules); lists are separated by commas. All mistakes are reported at once.
     Raises UserError, or HelpRequested on -h and --help.
@@ -54,7 +55,12 @@ def parse_options(cls: type[T], arguments: Sequence[str], usage: str, positional
     problems += [f"{leaf.path}: is needed ({leaf.help})" for leaf in missing]
     if problems:
         raise UserError(*problems)
-    return cls(**values)
+    made = cls(**{name: value for name, value in values.items() if "." not in name})
+    for name, value in values.items():
+        owner, dot, last = name.rpartition(".")
+        if dot:
+            setattr(value_at(made, owner), last, value)
+    return made
 
 
 def _value(leaf: Leaf, text: str) -> Any:

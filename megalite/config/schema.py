@@ -266,7 +266,7 @@ class CheckpointConfig:
 class LogConfig:
     every: int = key(1, "Steps between rows of metrics.jsonl and progress lines.", minimum=1)
     progress: str = key("auto", "Live line, plain lines, or nothing; auto: live on a terminal.", choices=("auto", "bar", "lines", "none"))
-    statistics: int = key(0, "Steps between measurements of what FP8 and 16 bits cost in every linear layer, which multiplies a second time then; 0: none.", minimum=0)
+    statistics: int = key(0, "Steps between measurements of what FP8 and 16 bits cost in every linear layer and every FP8 matrix of experts, which multiply a second time then; 0: none.", minimum=0)
     tensorboard: bool = key(False, "Write TensorBoard event files.")
     wandb: str = key("disabled", "Weights & Biases; online without a key becomes offline.", choices=("offline", "online", "disabled"))
     report: bool = key(True, "Write report.html at the end.")

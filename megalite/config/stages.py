@@ -15,6 +15,13 @@ MICROBATCHES = (
 SPLIT_BACKWARD = ("zb_h1", "zb_h2", "zb_auto", "zbv", "v_half", "dualpipev")
 """Schedules that compute the gradients of weights in an op of their own."""
 
+NOT_OF_A_FILE = {
+    Kind.GATHER: "parallel.zero=3 gathers weights layer by layer on its own",
+    Kind.RESHARD: "parallel.zero=3 shards weights again on its own",
+    Kind.RECOMPUTE: "recompute.mode computes again inside a backward",
+}
+"""Ops that `megalite schedule` draws and the engine does not take from a file: who does it instead."""
+
 
 @RULES.reads("parallel.pp", "parallel.chunks", "parallel.layers", "model.layers")
 def stages_share_the_layers(job: Job) -> Iterator[str]:
@@ -54,6 +61,9 @@ def schedule_takes_the_shape(job: Job) -> Iterator[str]:
     except UserError as error:
         yield from (f"parallel.schedule={line}" for line in error.lines)
         return
+    for kind, how in NOT_OF_A_FILE.items():
+        if found := next((op for row in rows.rows for op in row if op.kind == kind), None):
+            yield f"parallel.schedule={name}: has {found}; {how}, so leave {kind} out"
     sizes = {
         "parallel.pp": (parallel.pp, rows.pp),
         "parallel.chunks": (parallel.chunks, rows.chunks),

@@ -1,6 +1,5 @@
 """A mixture-of-experts layer in the place of an MLP: router, dispatcher, experts, and a shared expert beside them."""
 
-import torch
 from megalite_kernels import linear
 from torch import Tensor, nn
 
@@ -46,7 +45,6 @@ class MoE(nn.Module):
         if self.shared is not None:
             self.shared.recompute = again
 
-    @torch.compiler.disable  # sizes depend on the data, and most of it is communication
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if context.cache is not None and self.config.router == "expert_choice":
             raise UserError(

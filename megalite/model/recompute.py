@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 
@@ -24,16 +25,82 @@ class Keeping:
 
 
 def run(again: bool, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """function(*arguments); with `again`, only the arguments are kept for backward.
+    """function(*arguments); with `again`, only the arguments are kept for backward (arXiv:1604.06174).
 
-    The state of random generators is not restored: nothing in a model draws random numbers.
+    The state of random generators is not restored: nothing in a model draws random numbers. Eager code does without
+    torch.utils.checkpoint, which imports torch's compiler: 140 MB and a second and a half.
     """
-    if again and torch.is_grad_enabled():
+    if not again or not torch.is_grad_enabled():
+        return function(*arguments)
+    if torch.compiler.is_compiling():
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return function(*arguments)
+    computed = _ComputedAgain(function, arguments)
+    with saved_tensors_hooks(computed.number, computed.tensor):
+        return function(*arguments)
 
 
-class HostMemory(torch.autograd.graph.saved_tensors_hooks):
+class _ComputedAgain:
+    """A call whose saved tensors are numbers until backward asks for the first; then it runs again, up to the last
+    tensor that it saves."""
+
+    def __init__(self, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> None:
+        self.function = function
+        self.saved: list[tuple[torch.Size, torch.dtype]] = []
+        self.tensors: dict[int, Tensor] = {}
+        # Kept as autograd keeps any tensor, so that hooks around this call (host memory, another call) see them.
+        self.places = [place for place, x in enumerate(arguments) if isinstance(x, Tensor)]
+        given = (arguments[place] for place in self.places)
+        self.given = _Given.apply(torch.empty(0, requires_grad=True), *given).grad_fn
+        self.arguments = [None if isinstance(x, Tensor) else x for x in arguments]
+
+    def number(self, tensor: Tensor) -> int:
+        self.saved.append((tensor.shape, tensor.dtype))
+        return len(self.saved) - 1
+
+    def tensor(self, number: int) -> Tensor:
+        if number not in self.tensors:
+            self._run_again()
+        return self.tensors.pop(number)
+
+    def _run_again(self) -> None:
+        arguments = self.arguments.copy()
+        for place, tensor in zip(self.places, self.given.saved_tensors, strict=True):
+            arguments[place] = tensor
+        self.tensors.clear()
+        found = 0
+
+        def keep(tensor: Tensor) -> Tensor:
+            nonlocal found
+            assert self.saved[found] == (tensor.shape, tensor.dtype), "computed again, it took another course"
+            # Detached: a node that held its own output would never be freed.
+            kept = self.tensors[found] = tensor.detach()
+            found += 1
+            if found == len(self.saved):
+                raise _AllThere
+            return kept
+
+        try:
+            with saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
+                self.function(*arguments)
+        except _AllThere:
+            pass
+        assert found == len(self.saved), f"{found} tensors saved when computed again, {len(self.saved)} going forward"
+
+
+class _AllThere(Exception):
+    """What backward needs is computed."""
+
+
+class _Given(torch.autograd.Function):
+    """A node that saves tensors, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, tie: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return tie.new_empty(0)
+
+
+class HostMemory(saved_tensors_hooks):
     """Tensors saved inside wait in (pinned) host memory; weights, which stay anyway, are left where they are."""
 
     def __init__(self) -> None:

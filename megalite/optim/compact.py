@@ -6,13 +6,14 @@ import torch
 from megalite_kernels.reference import adamw_moments, adamw_moved
 from torch import Tensor
 
+from megalite.optim.eager import Eager
 from megalite.optim.moments import Chunk, Moments
 from megalite.parallel.data import Piece
 
 Groups = list[dict[str, object]]
 
 
-class Compact(torch.optim.Optimizer):
+class Compact(Eager):
     """`params` are the weights of the moments' pieces; bfloat16 ones are rounded stochastically. A group's "number" is
     the step's, which rounding is drawn from."""
 

@@ -1,7 +1,7 @@
 """The optimizer: groups by declared role, float32 main weights behind a low-precision model, state by logical name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from megalite.config.schema import OptimConfig
 from megalite.mesh import AXES
 from megalite.optim.compact import Compact, CompactAdamW, CompactSGD
+from megalite.optim.eager import SGD, AdamW
 from megalite.optim.moments import SCALE, Moments
 from megalite.optim.muon import Muon
 from megalite.optim.schedule import lr_share
@@ -16,14 +17,14 @@ from megalite.optim.slabs import held_scales
 from megalite.parallel.boxes import Held
 from megalite.parallel.buckets import Slot
 from megalite.parallel.data import Gradients, Piece
-from megalite.parallel.parameter import Role, declared_parameters, placement
+from megalite.parallel.parameter import Role, declaration, declared_parameters, placement
 from megalite.parallel.weights import ShardedWeights
 from megalite.precision import SHORT, Precision
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
 
-class DecoupledSGD(torch.optim.SGD):
+class DecoupledSGD(SGD):
     """SGD with momentum; decay shrinks the weights directly (Loshchilov & Hutter 2019), not by the gradient."""
 
     @torch.no_grad()
@@ -116,7 +117,7 @@ class Optimizer:
             return CompactAdamW(groups, rule.lr, betas, optim.eps, rule.weight_decay, moments(*ADAM_STATE))
         # The fused kernel rounds the last few elements of a tensor differently, so its bits depend on sharding.
         fused = not self.comm.ordered
-        return torch.optim.AdamW(groups, rule.lr, betas, optim.eps, weight_decay=rule.weight_decay, fused=fused)
+        return AdamW(groups, rule.lr, betas, optim.eps, weight_decay=rule.weight_decay, fused=fused)
 
     def _make_state(self) -> None:
         """Create every moment now, so that checkpoints have the same keys before and after the first step."""
@@ -192,8 +193,9 @@ class Optimizer:
 
 
 def _state(state: nn.Parameter) -> Held:
-    """What no gradient moves; every rank that has it holds all of it."""
-    return replace(Held.whole(state.detach()), stores=placement(state).counted)
+    """What no gradient moves: all of it, or what this rank's experts have."""
+    placed = placement(state)
+    return Held(declaration(state).shape, (((placed.offsets, placed.shape), state.detach()),), placed.counted)
 
 
 def _held(piece: Piece, value: torch.Tensor) -> Held:

@@ -5,7 +5,7 @@ one expert's rows into another's, as in DeepSeek-V3's products (arXiv:2412.19437
 microbatch (`Work.sources`). Dimensions: M sorted rows in P parts, E experts, N outputs, K inputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ class GroupedFp8:
         self.over = {"M": ["edp"] * self.sources.spread, "N": [], "K": []} | {"N" if split == "outputs" else "K": cut}
         self.gathered: Tensor | None = None
         self.weights = WeightFactors()
+        self.watch: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None  # is told x, weight, offsets and y
 
     def gather(self, amax_E: Tensor) -> Tensor:
         """As of `Fp8`, of each expert."""
@@ -44,6 +45,8 @@ class GroupedFp8:
         """[M, N] in x's dtype: rows offsets[p] to offsets[p + 1] times their expert's weightᵀ, plus its bias; rows
         after the last are zero. Communicates where scales are agreed on, also going back."""
         y: Tensor = _Grouped.apply(x_MK, weight_ENK, bias_EN, offsets, self)
+        if self.watch is not None:
+            self.watch(x_MK, weight_ENK, offsets, y)
         return y
 
     def quantized(self, kind: Kind, parts: Sequence[Tensor], dims: str) -> list[Factor]:
@@ -109,7 +112,7 @@ class _Grouped(torch.autograd.Function):
         ctx.fp8, ctx.ends, ctx.bias_dtype = fp8, ends, None if bias is None else bias.dtype
         factors = fp8.quantized("input", _parts(x, ends), "MK")
         ctx.input_scales = _scales(factors)
-        y = _products(fp8, x, ends, factors, weight.detach(), "NK")
+        y = products(fp8, x, ends, factors, weight.detach(), "NK")
         if bias is not None:
             for part, (start, stop) in enumerate(pairwise(ends)):
                 y[start:stop] += bias[part // len(fp8.sources.places)]
@@ -123,7 +126,7 @@ class _Grouped(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             factors = fp8.quantized("gradient", _parts(grad, ends), "MN")
             known["gradient"] = _scales(factors)
-            grad_x = _products(fp8, grad, ends, factors, weight.transpose(1, 2), "KN")
+            grad_x = products(fp8, grad, ends, factors, weight.transpose(1, 2), "KN")
         if ctx.needs_input_grad[1]:
             grad_weight = _weight_gradient(fp8, x, grad, ends, weight, known)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
@@ -132,7 +135,7 @@ class _Grouped(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def _products(
+def products(
     fp8: GroupedFp8, rows: Tensor, ends: list[int], factors: Sequence[Factor], weight: Tensor, dims: str
 ) -> Tensor:
     """Each part's rows times its expert's weightᵀ; what no expert has is zero."""

@@ -172,7 +172,7 @@ def materialize(modules: nn.Module | Sequence[nn.Module], device: torch.device, 
             if parameter is not None and parameter.is_meta:
                 if parameter not in made:
                     declared = declaration(parameter)
-                    empty = torch.empty_like(parameter, device=device, dtype=dtype_of(declared, dtype))
+                    empty = torch.empty(parameter.shape, device=device, dtype=dtype_of(declared, dtype))
                     made[parameter] = attach(empty.detach(), declared, placement(parameter))
                 owner._parameters[name] = made[parameter]
     for name, parameter, declared in declared_parameters(modules):

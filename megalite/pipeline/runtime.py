@@ -15,8 +15,9 @@ from megalite.comm import Communicator, Handle
 from megalite.data.batch import Batch
 from megalite.model.parallelize import defer_weights
 from megalite.model.router import Router
-from megalite.model.transformer import Losses, Transformer
+from megalite.model.transformer import Transformer
 from megalite.parallel.data import Gradients
+from megalite.pipeline.forward import Forward
 from megalite.pipeline.schedule import Kind, Op, Schedule, lower, make_schedule
 
 BACKWARD = (Kind.B, Kind.I, Kind.W)
@@ -37,6 +38,8 @@ class Pipeline:
         split = {op.stage for op in self.row if op.kind == Kind.W}
         self.deferred = {stage: defer_weights(self.stages[stage]) for stage in split}
         self.routers = [m for stage in stages for m in stage.modules() if isinstance(m, Router)]
+        self.forward = Forward(self.stages, schedule, comm, gradients.compute)
+        self.evaluate = self.forward.losses
         self.log: list[Op] = []
 
     def train(self, batches: Sequence[Batch], tokens: float, ahead: Sequence[float] = (), scale: float = 1.0) -> Tensor:
@@ -67,32 +70,6 @@ class Pipeline:
         chunks = len(self.stages)
         schedule = make_schedule("1f1b" if chunks == 1 else "interleaved", 1, chunks, microbatches)
         return Pipeline(list(self.stages.values()), lower(schedule), self.comm, self.gradients, self.z_loss)
-
-    @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Losses:
-        """Summed losses of a batch; zero except on the rank of the last stage."""
-        losses, passed = Losses(*torch.zeros(2, dtype=torch.float64)), None
-        sent: list[Handle] = []
-        for number, stage in self.stages.items():
-            if number > 0 and self.schedule.crosses(number - 1):
-                passed = self._room(stage, batch)
-                self.comm.receive(passed, "pp", self.schedule.placement[number - 1]).wait()
-            if stage.last:
-                losses = stage.loss(batch.tokens, batch.targets, batch.documents, x=passed)
-                break
-            passed = stage(batch.tokens, batch.documents, x=passed)
-            if self.schedule.crosses(number):
-                sent.append(self.comm.send(passed, "pp", self.schedule.placement[number + 1]))
-        for handle in sent:
-            handle.wait()
-        return losses
-
-    def _room(self, stage: Transformer, batch: Batch) -> Tensor:
-        """An empty residual stream of this rank for `batch`."""
-        rows, length = batch.tokens.shape
-        tokens, hidden = rows * length // self.comm.mesh.size("cp"), stage.config.hidden
-        shape = (tokens // stage.tp.size, hidden) if stage.tp.sp else (rows, tokens // rows, hidden)
-        return torch.empty(shape, dtype=self.gradients.compute, device=next(stage.parameters()).device)
 
 
 class _Step:
@@ -179,7 +156,7 @@ class _Step:
         self.handles[Kind.SEND_F, number, microbatch] = self.pipeline.comm.send(out, "pp", place)
 
     def _receive_forward(self, number: int, microbatch: int) -> None:
-        room = self.pipeline._room(self.pipeline.stages[number], self.batches[microbatch])
+        room = self.pipeline.forward.room(self.pipeline.stages[number], self.batches[microbatch])
         place = self.pipeline.schedule.placement[number - 1]
         self.entered[number, microbatch] = room
         self.handles[Kind.RECV_F, number, microbatch] = self.pipeline.comm.receive(room, "pp", place)

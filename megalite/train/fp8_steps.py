@@ -65,8 +65,13 @@ class Fp8Steps:
                 self.comm.all_reduce(seen, *axes, op="max")
                 for history, row in zip(histories, seen, strict=True):
                     history.extend(row)
-            for history in histories if rescaled != 1.0 else ():
-                history.rescale(rescaled)
+        self.rescale(rescaled)
+
+    @torch.no_grad()
+    def rescale(self, times: float) -> None:
+        """What was seen of gradients, where the loss scale is another now: larger by that power of two."""
+        for history in (of for histories in self.histories.values() for of in histories if times != 1.0):
+            history.rescale(times)
 
     def _keep(self, axes: tuple[str, ...], history: History | None, values: Tensor | None) -> None:
         if history is not None:

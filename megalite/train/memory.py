@@ -28,9 +28,9 @@ from megalite.model.size import (
 )
 from megalite.precision import Precision
 
-TRITON_BYTES = 0.073e9 if find_spec("triton") else 0.0
-"""PyTorch loads Triton where it is installed."""
-PROCESS_BYTES = {"cpu": 0.385e9 + TRITON_BYTES, "cuda": 0.0}
+COMPILER_BYTES = 0.15e9 + (0.073e9 if find_spec("triton") else 0.0)
+"""PyTorch's compiler, with Triton where it is installed: train.compile takes it, and so does FSDP2."""
+PROCESS_BYTES = {"cpu": 0.365e9, "cuda": 0.0}
 """Interpreter, libraries and allocator reserve of a CPU process (resident after imports); CUDA counts tensors alone."""
 
 SPANS = 8
@@ -108,6 +108,7 @@ def predict(
         ends += (2 if model.mtp else 1) * 2 * 4 * rotary_dim(model)  # float32 tables that all layers share
     if share.last:
         kept += model.mtp * _module_kept(model, compute.itemsize, parallel.tp if parallel.sp else 1)
+    compiler = config.train.compile or shards_weights
     in_fp8 = _fp8_copies(config) * (counts.matrices + counts.experts) / counts.total
     held = weights * main.itemsize if shards_weights else share.parameters * (compute.itemsize + in_fp8)
     return Memory(
@@ -116,7 +117,7 @@ def predict(
         optimizer=states * (copies * (not shards_weights) + moments),
         activations=tokens * (kept + ends),
         transient=_transient(config, -(-vocab // parallel.tp), tokens, compute, share.last, device == "cuda"),
-        process=PROCESS_BYTES.get(device, 0.0),
+        process=PROCESS_BYTES.get(device, 0.0) + COMPILER_BYTES * (compiler and device == "cpu"),
     )
 
 

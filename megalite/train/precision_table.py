@@ -49,20 +49,27 @@ def fp8_lines(config: Config, precision: Precision, device: torch.device) -> lis
         axes = "tp, cp and etp" if moe else "tp and cp"
         lines.append(f"blocks of {size} start anew with each rank's part of a tensor, as {axes} cut it")
     if recipe is None:
-        return [*lines, *sent, "nvfp4 products: exact emulation, quantised, widened and summed in float32"]
+        return [*lines, *sent, f"nvfp4 products: {_emulation(precision)}"]
     recipes = recipe.blocks("input"), recipe.blocks("weight")
     made = decision("scaled_mm", device.type, precision.compute, recipes=recipes, aligned=True)
-    lines += [*sent, f"fp8 products: {made}{_emulated(made)}"]
+    lines += [*sent, f"fp8 products: {_by(made, precision)}"]
     if moe:  # each sums over as many rows as its expert has, into what microbatches add up in
-        made = decision(
-            "scaled_mm", device.type, torch.float32, recipes=(recipe.blocks("gradient"),) * 2, aligned=False
-        )
-        lines.append(f"fp8 gradients of experts' weights: {made}{_emulated(made)}")
+        recipes = (recipe.blocks("gradient"),) * 2
+        made = decision("scaled_mm", device.type, _summed(precision), recipes=recipes, aligned=False)
+        lines.append(f"fp8 gradients of experts' weights: {_by(made, precision)}")
     return lines
 
 
-def _emulated(made: Decision) -> str:
-    return ": exact emulation, quantised, widened and summed in float32" * (made.backend in ("native", "reference"))
+def _by(made: Decision, precision: Precision) -> str:
+    return f"{made}: {_emulation(precision)}" if made.backend in ("native", "reference") else f"{made}"
+
+
+def _emulation(precision: Precision) -> str:
+    return f"exact emulation, quantised, widened and summed in {str(_summed(precision)).removeprefix('torch.')}"
+
+
+def _summed(precision: Precision) -> torch.dtype:
+    return torch.promote_types(precision.compute, torch.float32)
 
 
 def _layers(chosen: range) -> str:

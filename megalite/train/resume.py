@@ -62,9 +62,9 @@ def training_state(trainer: "Trainer") -> tuple[dict[str, Held], dict[str, Any]]
         "branch": trainer.resumed.branch if trainer.resumed else None,
         "seed": trainer.config.train.seed,
         "skipped_in_a_row": trainer.skipped_in_a_row,
-        "loss_scale": trainer.loss_scale.state() if trainer.loss_scale.dynamic else None,
+        "loss_scale": trainer.loss_scale.state() if trainer.precision.scaled else None,
         "spikes": trainer.spikes.state() if trainer.spikes.kept else None,
-        "back_to": trainer.saved[0] if trainer.saved else None,
+        "back_to": _back_to(trainer),
         "moments": trainer.precision.moments,
         "layout": trainer.mesh.sizes,
         "vocab": trainer.vocab,
@@ -116,12 +116,36 @@ def load(trainer: "Trainer", path: Path, counters: dict[str, Any]) -> None:
     trainer.optimizer.load_state_tensors(tensors)
     trainer.step, trainer.skipped_in_a_row = counters["step"], counters["skipped_in_a_row"]
     trainer.loss_scale.load(counters.get("loss_scale"))
+    trainer.fp8.rescale(trainer.loss_scale.value / _scale_of(counters))
     trainer.spikes.load(counters.get("spikes"))
-    # Not where a stop left this one: an unbroken run would not go back there.
-    back_to = counters.get("back_to", trainer.step)
-    kept = None if back_to is None else path.with_name(trainer.store.path(back_to).name)
-    there = trainer.comm.on_rank_zero(lambda: kept is not None and kept.is_dir())
-    trainer.saved = (back_to, kept) if kept and there else None
+    trainer.saved = _saved(trainer, path, counters.get("back_to", {"step": trainer.step, "path": None}))
+
+
+def _scale_of(counters: dict[str, Any]) -> float:
+    """What the losses behind a checkpoint were multiplied by; older versions did not keep a scale that never moves."""
+    scaled = at(counters["config"], "precision.name") == "fp16"
+    usual = at(counters["config"], "precision.loss_scale") if scaled else 1.0
+    return float((counters.get("loss_scale") or {"value": usual})["value"])
+
+
+def _back_to(trainer: "Trainer") -> dict[str, Any] | None:
+    """Where a rewind goes, for the counters; `path`: the checkpoint of another run that this one branched off from."""
+    if trainer.saved is None:
+        return None
+    step, path = trainer.saved
+    return {"step": step, "path": None if path.parent == trainer.store.folder else str(path.resolve())}
+
+
+def _saved(trainer: "Trainer", path: Path, back_to: dict[str, Any] | int | None) -> tuple[int, Path] | None:
+    """Where a rewind goes after `path` was loaded: not there where a stop left it, for an unbroken run would not go
+    back there; but there if what the counters name is gone."""
+    if back_to is None:
+        return None
+    if isinstance(back_to, int):  # of an older version
+        back_to = {"step": back_to, "path": None}
+    named = Path(back_to["path"]) if back_to["path"] else path.with_name(trainer.store.path(back_to["step"]).name)
+    there = trainer.comm.on_rank_zero(named.is_dir)
+    return (back_to["step"], named) if there else (trainer.step, path)
 
 
 def rewind(trainer: "Trainer") -> None:
@@ -132,6 +156,9 @@ def rewind(trainer: "Trainer") -> None:
     rewinds, skipped, found = spikes.rewinds + 1, spikes.skipped, spikes.found
     load(trainer, path, trainer.store.verify(path))
     spikes.rewinds, spikes.skipped = rewinds, skipped + at - trainer.step
+    if path.parent != trainer.store.folder:  # of the run that this one branched off from
+        trainer.save()
+    trainer.store.set_aside_after(trainer.step)  # a stop's checkpoint of the course that is left
     batches = f"batches {trainer.step + skipped + 1} to {at + skipped} of the data are skipped"
     message = f"from step {at} back to {trainer.step} ({rewinds} of {spikes.limit}); {batches}"
     trainer.event("rewind", at=at, rewinds=rewinds, skipped=spikes.skipped, why=found, message=message)

@@ -5,6 +5,7 @@ for metrics in Trainer(load_config("experiment=quickstart")):
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -202,7 +203,9 @@ class Trainer:
         self.fp8.begin()  # scales are those that a checkpoint of this instant would hold
         token_bytes = torch.as_tensor(self.data.token_bytes)
         samples = max_batches * self.config.train.global_batch
-        where = (self.comm, self.config.train.micro_batch, self.device, samples, asked_to_stop)
+        # Not into a live line, which is on the terminal already.
+        show = self.config.log.progress in ("auto", "lines") and not sys.stdout.isatty()
+        where = (self.comm, self.config.train.micro_batch, self.device, samples, asked_to_stop, show)
         return [evaluate(self.pipeline.evaluate, v, token_bytes, *where) for v in self.data.validation]
 
     def _agreed(self, sums: torch.Tensor, asked_to_stop: bool) -> tuple[list[float], bool]:

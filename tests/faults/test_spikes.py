@@ -6,6 +6,7 @@ The poisoned batch has targets that the text never has.
 import json
 import math
 import random
+import shutil
 import signal
 import statistics
 from collections.abc import Sequence
@@ -148,14 +149,41 @@ def test_a_rewind_is_the_run_that_never_saw_the_batch(tmp_path: Path) -> None:
 
 
 def test_a_stop_does_not_move_where_a_run_goes_back_to(tmp_path: Path) -> None:
-    """It leaves a checkpoint of step 27, which an unbroken run would not have."""
+    """It leaves a checkpoint of step 27, which an unbroken run would not have; after the rewind, one of step 26, and
+    that of the course that was left is not gone on from."""
     words = [REWINDS, "checkpoint.keep=1"]
     whole, _ = course(tmp_path / "whole", [28], words)
     first, _ = course(tmp_path / "parted", [28], words, stop_after=26)
-    kept = [int(path.name.removeprefix("step_")) for path in complete_steps(tmp_path / "parted" / "checkpoints")]
+    assert steps_kept(tmp_path / "parted") == [25, 27] and first[-1].step == 27
+    second, _ = course(tmp_path / "parted", [28], words, stop_after=28)
+    assert steps_kept(tmp_path / "parted") == [25, 26] and [row.step for row in second] == [28, 26]
     rest, skipped = course(tmp_path / "parted", [28], words)
-    assert kept == [25, 27] and first[-1].step == 27 and skipped == 3
-    assert numbers(first + rest) == numbers(whole) and [row.step for row in first + rest] == [r.step for r in whole]
+    assert numbers(first + second + rest) == numbers(whole) and skipped == 3
+    assert [row.step for row in first + second + rest] == [row.step for row in whole]
+
+
+def test_a_branch_that_was_stopped_goes_back_to_where_it_began(tmp_path: Path) -> None:
+    words = [REWINDS, "checkpoint.keep=0", "checkpoint.every=25", "train.steps=30"]
+    course(tmp_path / "first", [], words)
+    (beginning, _) = complete_steps(tmp_path / "first" / "checkpoints")
+    words.append(f"checkpoint.resume={beginning}")
+    whole, _ = course(tmp_path / "whole", [28], words)
+    first, _ = course(tmp_path / "parted", [28], words, stop_after=26)
+    rest, skipped = course(tmp_path / "parted", [28], words)
+    assert [row.step for row in first + rest] == [26, 27, 28, 26, 27, 28, 29, 30] and skipped == 3
+    assert numbers(first + rest) == numbers(whole)
+
+
+def test_without_the_checkpoint_to_go_back_to_it_goes_back_to_where_it_was_started_again(tmp_path: Path) -> None:
+    words = [REWINDS, "checkpoint.keep=0"]
+    course(tmp_path, [28], words, stop_after=26)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000025")
+    rest, skipped = course(tmp_path, [28], words)
+    assert [row.step for row in rest[:2]] == [28, 28] and skipped == 1
+
+
+def steps_kept(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in complete_steps(folder / "checkpoints")]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ class Layout:
     overlap: bool = False
     ep: int = 1
     etp: int = 1
+    layers: str | None = None
     dispatcher: str = "all_to_all"
     node_ranks: int = 0
 
@@ -127,9 +128,12 @@ MODELS = {
         ),
     ),
     "mtp": ModelConfig(layers=2, hidden=16, heads=4, kv_heads=2, ffn=24, qk_norm=True, mtp=2, window=6),
+    "eight heads": ModelConfig(layers=2, hidden=32, heads=8, kv_heads=4, ffn=24, qk_norm=True, tied_embeddings=True),
 }  # fmt: skip
+WIDE = "eight heads"
+"""For what four heads are too few for."""
 SPARSE = tuple(name for name, model in MODELS.items() if model.moe.experts)
-DENSE = tuple(name for name in MODELS if name not in SPARSE)
+DENSE = tuple(name for name in MODELS if name not in (*SPARSE, WIDE))
 """Models with experts, and without."""
 
 OPTIMIZERS = {
@@ -380,8 +384,9 @@ def legal(layout: Layout, task: Task | None = None) -> bool:
     return not violations(configuration(layout, task or Task()), layout.world)
 
 
-def all_layouts(world: int) -> Iterator[Layout]:
-    """Every legal composition of `world` ranks with every schedule, kind of context parallelism, and zero stage.
+def all_layouts(world: int, model: str = "tied") -> Iterator[Layout]:
+    """Every composition of `world` ranks with every schedule, kind of context parallelism, and zero stage, that is
+    legal for `model`.
 
     The gather overlapped with the product is a matter of tp alone: it is taken once with each set of axes.
     """
@@ -396,7 +401,7 @@ def all_layouts(world: int) -> Iterator[Layout]:
         ):
             layout = Layout(dp, tp, sp, cp, kind, pp, chunks, schedule, zero)
             for overlap in [False, True] if sp and zero == 0 and schedule in ("1f1b", "zb_h1") else [False]:
-                if legal(layout):
+                if legal(layout, Task(model)):
                     yield replace(layout, overlap=overlap)
 
 

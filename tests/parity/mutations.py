@@ -2,7 +2,7 @@
 context parallelism here, what spreads samples and layers in `mutations_of_steps`, more in `mutations_of_attention`.
 
 A fault is a context manager around the assembly and the training of every rank. Each leaves the engine running on all
-ranks, as the silent errors do that the matrix is there for; none deadlocks or raises.
+ranks, as the silent errors do that the matrix is there for; none raises.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """What narrow numbers cost: beside float64 computed here from the factors alone, and alike on every layout."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from megalite import Trainer, load_config
 from megalite.comm import Communicator
 from megalite.mesh import Mesh
+from megalite.model.experts import Experts
 from megalite.model.linear import Linear
 from megalite.parallel.fp8 import Fp8, Recipe
-from megalite.train.statistics import Statistics, _Linear, described
+from megalite.train.statistics import described
+from megalite.train.watched import WatchedExperts, WatchedLinear
 from tests.ranks import run_ranks
 from tests.tiny_job import tiny_job
 from tests.unit.test_fp8_linear import SHAPES, quantized
@@ -65,8 +68,43 @@ def test_one_process_beside_the_definitions(tmp_path: Path, recipe: str) -> None
     back: list[int] = []
     module.register_forward_hook(keep)
     found = list(trainer)[1].statistics
-    assert found is not None
-    record, form = found[name], FORMS[recipe]
+    assert found is not None and len(seen) == 4
+    assert max(np.abs(x).max() for x, *_ in seen) == found[name]["input"]["amax"]
+    as_defined(found[name], [tuple(of) for of in seen], recipe)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise", "mxfp8"])
+def test_experts_beside_the_definitions(tmp_path: Path, recipe: str) -> None:
+    """Every expert's product of every microbatch is one."""
+    words = [f"run.dir={tmp_path}", f"precision.fp8={recipe}", *MODELS["experts"]]
+    trainer = Trainer(load_config(*tiny_job(*JOB, *words)), callbacks=[])
+    name, matrix = "blocks.1.mlp.experts", "down"
+    (experts,) = (m for n, m in trainer.stages[0].named_modules() if n == name)
+    assert isinstance(experts, Experts)
+    watched = experts.fp8[matrix].watch
+    assert isinstance(watched, WatchedExperts)
+    seen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def keep(x: Tensor, weight: Tensor, offsets: Tensor, y: Tensor) -> None:
+        watched(x, weight, offsets, y)
+        if watched.active:
+            x, weight = x.detach().clone(), weight.detach().clone()
+            y.register_hook(lambda g: parts(x, weight, offsets.tolist(), g.clone()))
+
+    def parts(x: Tensor, weight: Tensor, ends: list[int], g: Tensor) -> None:
+        for expert, (start, stop) in enumerate(pairwise(ends)):
+            assert start < stop
+            seen.append((x[start:stop].numpy(), weight[expert].numpy(), g[start:stop].numpy()))
+
+    experts.fp8[matrix].watch = keep
+    found = list(trainer)[1].statistics
+    assert found is not None and len(seen) == 4 * 4
+    as_defined(found[f"{name}.{matrix}"], seen, recipe)
+
+
+def as_defined(record: dict[str, Any], seen: list[tuple[np.ndarray, ...]], recipe: str) -> None:
+    """`seen`: inputs, weight and gradients of each product of the step."""
+    form = FORMS[recipe]
     sums = {part: np.zeros(3) for part in record}
     for x, w, dy in seen:
         kinds = {"input": (x, "e4m3"), "weight": (w, "e4m3"), "gradient": (dy, form)}
@@ -85,7 +123,6 @@ def test_one_process_beside_the_definitions(tmp_path: Path, recipe: str) -> None
         made = {"output": qx @ qw.T, "input_gradient": qdy @ across[2], "weight_gradient": across[0].T @ across[1].T}
         for part, whole in exact.items():
             sums[part] += [np.square(whole).sum(), np.square(made[part] - whole).sum(), 0]
-    assert len(seen) == 4 and max(np.abs(x).max() for x, *_ in seen) == record["input"]["amax"]
     for kind in ("input", "weight", "gradient"):
         assert record[kind]["underflow"] == sums[kind][1] / sums[kind][0]
     for part in ("output", "input_gradient", "weight_gradient"):
@@ -102,12 +139,17 @@ LAYOUTS = {
     "cp": ["parallel.cp=2"],
     "zero bubble": ["parallel.pp=2", "parallel.schedule=zb_h1"],
     "tp and cp, experts": ["parallel.tp=2", "parallel.cp=2", "parallel.ep=2"],
+    "ep, experts": ["parallel.dp=2", "parallel.ep=2"],
+    "etp, experts": ["parallel.dp=2", "parallel.etp=2"],
+    "zero 3, experts": ["parallel.dp=2", "parallel.zero=3"],
+    "sp, experts": ["parallel.tp=2", "parallel.sp=true"],
 }
 MODELS: dict[str, list[str]] = {
     "dense": [],
     "experts": ["model.moe.experts=4", "model.moe.ffn=32", "model.moe.shared_ffn=16"],
 }
 CASES = [("tensorwise", layout) for layout in LAYOUTS] + [("delayed", "sp"), ("rowwise", "tp"), ("none", "sp")]
+CASES += [("rowwise", "sp, experts"), ("delayed", "etp, experts"), ("mxfp8", "ep, experts")]
 
 
 @pytest.mark.parametrize(("recipe", "layout"), CASES)
@@ -125,10 +167,12 @@ def test_every_layout_says_what_one_process_says(tmp_path: Path, recipe: str, la
             assert found[key] == pytest.approx(value, rel=1e-9, nan_ok=True), key
 
 
-def test_a_copy_that_counts_twice_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.cp=2"])
+def test_a_copy_that_counts_twice_is_noticed(tmp_path: Path, layout: str) -> None:
     """Sums themselves, which shares would hide."""
-    ranks = run_ranks(2, counted, tmp_path, ["parallel.tp=2", "precision.fp8=tensorwise"])
-    alone = counted(tmp_path / "one", ["precision.fp8=tensorwise"])
+    words = ["precision.fp8=tensorwise", *MODELS["dense" if "tp" in layout else "experts"]]
+    ranks = run_ranks(2, counted, tmp_path, [layout, *words])
+    alone = counted(tmp_path / "one", words)
     total = [sum(of) for of in zip(*ranks, strict=True)]
     assert total == pytest.approx(alone, rel=1e-9)
 
@@ -149,15 +193,14 @@ def test_measuring_changes_no_bit(tmp_path: Path, words: list[str]) -> None:
     assert courses[0] == courses[1]
 
 
-def linear_of(dtype: torch.dtype, fp8: Fp8 | None) -> tuple[Linear, _Linear]:
+def linear_of(dtype: torch.dtype, fp8: Fp8 | None) -> tuple[Linear, WatchedLinear]:
     """A linear whose weight is one everywhere, watched."""
     alone = Communicator(Mesh({"pp": 1, "dp": 1, "cp": 1, "tp": 1}))
     module = Linear(16, 16, split="outputs", std=1.0, bias=False).to(dtype)
     module.weight.detach().fill_(1.0)
     module.fp8 = fp8
-    statistics = Statistics([nn.Module()], alone, 1)  # type: ignore[list-item]
-    statistics.active = True
-    module.watch = watched = _Linear(statistics, "x", module)
+    module.watch = watched = WatchedLinear("x", alone, module)
+    watched.active = True
     return module, watched
 
 

@@ -1,6 +1,7 @@
 """Experts in FP8: a whole layer, there and back, beside a loop over experts and microbatches that is written from the
 formats' definitions in float64; experts without tokens; whose histories a checkpoint keeps."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megalite.model.experts import Experts
 from megalite.parallel.experts import Sources, Work
 from megalite.parallel.fp8 import KINDS, USUAL_BACKWARD, Recipe
 from megalite.parallel.parameter import materialize
+from tests.ranks import run_ranks
 from tests.unit.test_fp8_linear import ALONE, SHAPES, heavy_tailed, job, quantized
 
 EXPERTS, TOKENS, HIDDEN, FFN, SOURCES = 4, 90, 136, 150, 2
@@ -201,6 +203,21 @@ def test_histories_of_experts_are_kept(tmp_path: Path) -> None:
     kept = [p for name, p in again.stages[0].named_parameters() if "experts.amax_history" in name]
     assert len(kept) == 2 and all((p[..., :2] > 0).all() and not p[..., 2].any() for p in kept)
     assert parted + [row.loss for row in again] == whole
+
+
+def test_histories_of_experts_are_kept_by_the_ranks_that_have_them(tmp_path: Path) -> None:
+    """Goes on with two ranks as if never stopped, bit for bit, and with one as two would."""
+    words = ["precision=fp64", "precision.fp8=delayed", "model.moe.experts=4", "model.layers=2", "train.micro_batch=2"]
+    spread = [*words, "parallel.ep=2"]
+    whole = run_ranks(2, course, tmp_path / "whole", [*spread, "train.steps=4"])[0]
+    first = run_ranks(2, course, tmp_path / "parted", [*spread, "train.steps=2"])[0]
+    shutil.copytree(tmp_path / "parted", tmp_path / "one")
+    assert first + run_ranks(2, course, tmp_path / "parted", [*spread, "train.steps=4"])[0] == whole
+    assert first + course(tmp_path / "one", [*words, "train.steps=4"]) == pytest.approx(whole, rel=1e-9)
+
+
+def course(folder: Path, words: list[str]) -> list[float]:
+    return [number for row in job(folder, *words) for number in (row.loss, row.grad_norm)]
 
 
 def test_microbatches_that_meet_are_those_of_the_mesh() -> None:

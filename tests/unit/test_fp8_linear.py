@@ -1,6 +1,7 @@
 """Linear layers in FP8: each product beside one written from the formats' definitions, and within the error they allow
 of float64; delayed scales; which modules are in it."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from megalite.comm import Communicator
 from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.model.linear import Linear
-from megalite.parallel.fp8 import KINDS, USUAL_BACKWARD, Fp8, History, Recipe
+from megalite.parallel.fp8 import KINDS, USUAL_BACKWARD, Factor, Fp8, History, Kind, Recipe
 from megalite.train.header import header
 from tests.tiny_job import tiny_job
 
@@ -240,3 +241,40 @@ def test_a_skipped_step_leaves_histories_as_they_were_but_for_the_loss_scale(tmp
     trainer.gradients.global_norm = norm  # type: ignore[method-assign]
     trainer.train_step()
     assert all(now.count_nonzero() == 2 * len(KINDS) for now in histories)
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), ("bf16", "fp16")])
+def test_histories_follow_a_loss_scale_that_comes_or_goes(tmp_path: Path, before: str, after: str) -> None:
+    """A run goes on in another precision; gradients that a wrong scale cuts off would be far smaller."""
+    words = ("precision.fp8=delayed", "precision.fp8_backward=e4m3", "train.steps=2")
+    list(job(tmp_path / "changed", *words, f"precision={before}"))
+    shutil.copytree(tmp_path / "changed", tmp_path / "same")
+    further = (*words, "train.steps=4")
+    (same, _), (changed, _) = (
+        [row.grad_norm for row in job(tmp_path / name, *further, f"precision={precision}")]
+        for name, precision in (("same", before), ("changed", after))
+    )
+    assert changed == pytest.approx(same, rel=0.01)
+
+
+def test_an_evaluation_takes_the_scales_that_its_checkpoint_holds(tmp_path: Path) -> None:
+    words = ("precision.fp8=delayed", "train.steps=3", "train.final_eval=true", "model.layers=2")
+    *_, last = job(tmp_path, *words)
+    (found,) = job(tmp_path, *words).evaluate()
+    assert last.val_loss == found.loss
+
+
+def test_a_step_of_the_trainer_makes_a_weights_factors_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its microbatches."""
+    made: list[int] = []
+    original = Fp8._quantized
+
+    def counted(self: Fp8, kind: Kind, values: Tensor, dims: str) -> Factor:
+        if kind == "weight":
+            made.append(id(self))
+        return original(self, kind, values, dims)
+
+    trainer = job(tmp_path, "precision.fp8=blockwise", "train.micro_batch=2")
+    monkeypatch.setattr(Fp8, "_quantized", counted)
+    trainer.train_step()
+    assert trainer.facts["accumulation"] > 1 and len(made) == len(set(made)) == 4 * 7

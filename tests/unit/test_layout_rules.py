@@ -264,6 +264,13 @@ def test_a_csv_is_read_and_its_sizes_compared(tmp_path: Path) -> None:
         "is written for 2 parallel.pp, but this job has 4",
         "is written for 2 microbatches (train.global_batch / train.micro_batch / dp), but this job has 8",
     ]
+    for op, rows, said in (
+        ("0UNSHARD", "0UNSHARD,0F0,0B0,0RESHARD", "gathers weights layer by layer"),
+        ("0RECOMPUTE0", "0F0,0RECOMPUTE0,0B0", "recompute.mode"),
+    ):
+        file.write_text(rows)
+        line, *_ = violations(changed(schedule=str(file), global_batch=1, micro_batch=1))
+        assert line.startswith(f"parallel.schedule={file}: has {op}; ") and said in line
     file.write_text("0F0,0X0\n")
     (line,) = violations(changed(schedule=str(file)))
     assert line.startswith(f"parallel.schedule={file}: line 1, entry 2, '0X0'")

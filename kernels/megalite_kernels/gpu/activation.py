@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
 
@@ -141,7 +142,7 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 1) if x is None else x.stride()
 
 
-@torch.library.custom_op("megalite::triton_activation", mutates_args=())
+@custom_op("megalite::triton_activation", mutates_args=())
 def activation(gate_ND: Tensor, up_ND: Tensor | None, kind: str, alpha: float, limit: float) -> Tensor:
     """`forward`, differentiable."""
     return forward(gate_ND, up_ND, kind, alpha, limit)
@@ -152,7 +153,7 @@ def _(gate_ND: Tensor, up_ND: Tensor | None, kind: str, alpha: float, limit: flo
     return gate_ND.new_empty(gate_ND.shape)
 
 
-@torch.library.custom_op("megalite::triton_activation_backward", mutates_args=())
+@custom_op("megalite::triton_activation_backward", mutates_args=())
 def activation_backward(
     gate_ND: Tensor, up_ND: Tensor | None, grad_y_ND: Tensor, kind: str, alpha: float, limit: float
 ) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
 from megalite_kernels.reference.optim import bias_corrections
@@ -162,9 +163,7 @@ def norm(tensors: Sequence[Tensor], chip: Chip | None = None) -> Tensor:
     return sums.double().sum().sqrt()
 
 
-@torch.library.custom_op(
-    "megalite::triton_adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "copies", "steps")
-)
+@custom_op("megalite::triton_adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "copies", "steps"))
 def adamw(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     copies: Sequence[Tensor], steps: Tensor, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
@@ -175,7 +174,7 @@ def adamw(
     )  # fmt: skip
 
 
-@torch.library.custom_op("megalite::triton_gradient_norm", mutates_args=())
+@custom_op("megalite::triton_gradient_norm", mutates_args=())
 def gradient_norm(tensors: Sequence[Tensor]) -> Tensor:
     return norm([x.contiguous() for x in tensors])
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.gpu.attention_backward import backward, deltas, gradients
 from megalite_kernels.gpu.attention_config import config, config_keys, config_queries
 from megalite_kernels.gpu.attention_forward import forward
@@ -22,7 +23,7 @@ def _mask(shift_low: int, shift_high: int, low_BS: Tensor | None, high_BS: Tenso
     return Mask(shift_low, shift_high, low, high)
 
 
-@torch.library.custom_op("megalite::triton_attention", mutates_args=())
+@custom_op("megalite::triton_attention", mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor | None, low_BS: Tensor | None, high_BS: Tensor | None,
     shift_low: int, shift_high: int, scale: float, softcap: float, tiles: Sequence[int] | None = None,
@@ -43,7 +44,7 @@ def _(
     return q.new_empty((batch, queries, heads, v.shape[3])), q.new_empty((batch, heads, queries), dtype=torch.float32)
 
 
-@torch.library.custom_op("megalite::triton_attention_backward", mutates_args=())
+@custom_op("megalite::triton_attention_backward", mutates_args=())
 def attention_backward(
     q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor | None, out: Tensor, lse_BHS: Tensor, grad_out: Tensor,
     grad_lse_BHS: Tensor | None, low_BS: Tensor | None, high_BS: Tensor | None, shift_low: int, shift_high: int,

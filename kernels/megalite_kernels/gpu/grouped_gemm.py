@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
 from megalite_kernels.moe_gradients import products
@@ -159,7 +160,7 @@ def sums(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@torch.library.custom_op("megalite::triton_grouped_gemm", mutates_args=())
+@custom_op("megalite::triton_grouped_gemm", mutates_args=())
 def grouped_gemm(
     x_MD: Tensor, w_EDF: Tensor, offsets: Tensor, bias_EF: Tensor | None, tiles: Sequence[int] | None = None
 ) -> Tensor:
@@ -168,14 +169,14 @@ def grouped_gemm(
     return rows(x_MD.contiguous(), w_EDF, offsets, bias, tiles=tiles)
 
 
-@torch.library.custom_op("megalite::triton_grouped_gemm_weights", mutates_args=())
+@custom_op("megalite::triton_grouped_gemm_weights", mutates_args=())
 def grouped_gemm_weights(
     x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_EDF: Tensor, tiles: Sequence[int] | None = None
 ) -> Tensor:
     return weights(x_MD.contiguous(), grad_MF.contiguous(), offsets, like_EDF, tiles=tiles)
 
 
-@torch.library.custom_op("megalite::triton_grouped_gemm_bias", mutates_args=())
+@custom_op("megalite::triton_grouped_gemm_bias", mutates_args=())
 def grouped_gemm_bias(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     return sums(grad_MF.contiguous(), offsets, dtype)
 

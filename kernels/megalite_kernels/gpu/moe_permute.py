@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
 from megalite_kernels.moe_gradients import there_and_back
@@ -167,7 +168,7 @@ def collect(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None, chip: Chi
     return out
 
 
-@torch.library.custom_op("megalite::triton_moe_permute", mutates_args=())
+@custom_op("megalite::triton_moe_permute", mutates_args=())
 def permute(x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int) -> tuple[Tensor, Tensor, Tensor]:
     """(rows sorted by expert, offsets, inverse), differentiable; pad_to 1: no padding."""
     offsets, inverse = places(indices_NK.contiguous(), experts, pad_to)
@@ -175,14 +176,14 @@ def permute(x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int) -> tupl
     return spread(x_ND.contiguous(), inverse, rows)[0], offsets, inverse
 
 
-@torch.library.custom_op("megalite::triton_moe_unpermute", mutates_args=())
+@custom_op("megalite::triton_moe_unpermute", mutates_args=())
 def unpermute(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None) -> Tensor:
     """`collect`, differentiable."""
     probs = None if probs_NK is None else probs_NK.contiguous()
     return collect(y_MD.contiguous(), inverse_NK.contiguous(), probs)
 
 
-@torch.library.custom_op("megalite::triton_moe_unpermute_backward", mutates_args=())
+@custom_op("megalite::triton_moe_unpermute_backward", mutates_args=())
 def unpermute_backward(
     grad_ND: Tensor, inverse_NK: Tensor, rows: int, probs_NK: Tensor | None, y_MD: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
 
@@ -205,7 +206,7 @@ def backward(
     return grad_logits
 
 
-@torch.library.custom_op("megalite::triton_moe_route", mutates_args=())
+@custom_op("megalite::triton_moe_route", mutates_args=())
 def route(
     logits_NE: Tensor, bias_E: Tensor | None, k: int, sigmoid: bool, normalize: bool, groups: int, top_groups: int,
     scale: float,
@@ -225,7 +226,7 @@ def _(
     return indices, logits_NE.new_empty((rows, k), dtype=torch.float32), indices.new_empty(experts)
 
 
-@torch.library.custom_op("megalite::triton_moe_route_backward", mutates_args=())
+@custom_op("megalite::triton_moe_route_backward", mutates_args=())
 def route_backward(
     logits_NE: Tensor, indices_NK: Tensor, grad_probs_NK: Tensor, sigmoid: bool, normalize: bool, scale: float
 ) -> Tensor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
 
@@ -90,7 +91,7 @@ def step(x_BRC: Tensor, coefficients: tuple[float, float, float], chip: Chip | N
     return y
 
 
-@torch.library.custom_op("megalite::triton_newton_schulz", mutates_args=())
+@custom_op("megalite::triton_newton_schulz", mutates_args=())
 def newton_schulz(x_BRC: Tensor, steps: int, a: float, b: float, c: float, eps: float) -> Tensor:
     """`steps` of them from X / (‖X‖ + eps); the longer side is summed over in the end."""
     tall = x_BRC.shape[1] > x_BRC.shape[2]

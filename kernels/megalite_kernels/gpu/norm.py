@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
 
@@ -145,7 +146,7 @@ def backward(
     return grad_x, summed, grad_bias.sum(0).to(weight_D.dtype) if has_bias else summed.new_empty(0)
 
 
-@torch.library.custom_op("megalite::triton_norm", mutates_args=())
+@custom_op("megalite::triton_norm", mutates_args=())
 def norm(
     x_ND: Tensor, residual_ND: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float, centered: bool,
     one_plus: bool,
@@ -167,7 +168,7 @@ def _(
     return x_ND.new_empty(x_ND.shape), total, mean, x_ND.new_empty(rows, dtype=torch.float32)
 
 
-@torch.library.custom_op("megalite::triton_norm_backward", mutates_args=())
+@custom_op("megalite::triton_norm_backward", mutates_args=())
 def norm_backward(
     x_ND: Tensor, weight_D: Tensor, has_bias: bool, mean_N: Tensor, scale_N: Tensor, grad_y_ND: Tensor,
     grad_sum_ND: Tensor | None, one_plus: bool,

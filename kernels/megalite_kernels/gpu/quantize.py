@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
 from megalite_kernels.reference.fp8 import BLOCKS, EXPONENTS, SMALLEST_SCALE, fp8_scale, scale_shape
@@ -220,7 +221,7 @@ def forward(
     return codes.view(dtype), scale, codes_t.view(dtype), scale_t
 
 
-@torch.library.custom_op("megalite::triton_quantize_fp8", mutates_args=())
+@custom_op("megalite::triton_quantize_fp8", mutates_args=())
 def quantize_fp8(
     x_MK: Tensor, recipe: str, dtype: torch.dtype, transpose_too: bool, scale: Tensor | None, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -244,7 +245,7 @@ def _(
     )
 
 
-@torch.library.custom_op("megalite::triton_fp8_amax", mutates_args=())
+@custom_op("megalite::triton_fp8_amax", mutates_args=())
 def fp8_amax(x_MK: Tensor, recipe: str) -> Tensor:
     return amax(x_MK, recipe)
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
 
@@ -107,7 +108,7 @@ def rotate(
     return y
 
 
-@torch.library.custom_op("megalite::triton_rope", mutates_args=())
+@custom_op("megalite::triton_rope", mutates_args=())
 def rope(
     x_BSHD: Tensor, cos: Tensor, sin: Tensor, positions_BS: Tensor | None, interleaved: bool, back: bool
 ) -> Tensor:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from megalite_kernels.custom_op import custom_op
 from megalite_kernels.gpu.chips import Chip, chip_of
 from megalite_kernels.gpu.launch import launch
 from megalite_kernels.gpu.quantize import _power, hardware
@@ -116,7 +117,7 @@ def forward(
     return c
 
 
-@torch.library.custom_op("megalite::triton_scaled_mm", mutates_args=())
+@custom_op("megalite::triton_scaled_mm", mutates_args=())
 def scaled_mm(
     a_MK: Tensor, scale_a: Tensor, b_NK: Tensor, scale_b: Tensor, recipe_a: str, recipe_b: str, out_dtype: torch.dtype
 ) -> Tensor:

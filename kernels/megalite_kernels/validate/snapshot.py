@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import triton
+import triton.language as tl
 
 from megalite_kernels.gpu.chips import Chip
 from megalite_kernels.gpu.compile import Compiled, compile_for, signature
@@ -28,21 +29,29 @@ def launches(sweep: Sweep, chip: Chip) -> list[Launch]:
     return found
 
 
+def source(kernel: triton.JITFunction) -> dict[str, str]:
+    """The text of a kernel and of all it calls, and its constants. Triton's own key counts the lines above them too."""
+    texts: dict[str, str] = {}
+    functions = [kernel]
+    while functions:
+        function = functions.pop()
+        texts[function.__name__] = function.src
+        for name in function.fn.__code__.co_names:
+            value = function.fn.__globals__.get(name)
+            if isinstance(value, triton.JITFunction) and value.__name__ not in texts:
+                functions.append(value)
+            elif isinstance(value, tl.constexpr):
+                texts[name] = str(value.value)
+    return texts
+
+
 def key(launch: Launch, chip: Chip) -> str:
     types, constants, attributes = signature(launch)
     said = {name: str(value) for name, value in constants.items()}
     places = sorted(attributes)
-    what = [
-        triton.__version__,
-        launch.kernel.cache_key,
-        types,
-        said,
-        places,
-        launch.num_warps,
-        launch.num_stages,
-        chip.name,
-    ]
-    return hashlib.blake2b(json.dumps(what).encode(), digest_size=12).hexdigest()
+    text = source(launch.kernel)
+    what = [triton.__version__, text, types, said, places, launch.num_warps, launch.num_stages, chip.name]
+    return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def load(path: Path = FILE) -> dict[str, Compiled]:
