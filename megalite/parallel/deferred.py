@@ -15,13 +15,12 @@ Product = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 class DeferredWeights:
     """Of one stage: while `waiting` names a microbatch, its backward keeps (weight, input, output gradient) and how
-    they are multiplied, instead of doing so; `compute` does it later. `bytes`: held now. `peak_bytes`: the most that
-    was held at once."""
+    they are multiplied, instead of doing so; `compute` does it later. What is `kept` of a microbatch takes about the
+    memory that its activations took, which is how the prediction counts it."""
 
     def __init__(self) -> None:
         self.waiting: int | None = None
-        self.bytes = self.peak_bytes = 0
-        self._kept: dict[int, list[tuple[nn.Parameter, Tensor, Tensor, Product]]] = {}
+        self.kept: dict[int, list[tuple[nn.Parameter, Tensor, Tensor, Product]]] = {}
 
     def linear(self, x: Tensor, weight_NK: nn.Parameter, bias_N: Tensor | None) -> Tensor:
         """`megalite_kernels.linear` whose weight gradient can wait."""
@@ -30,16 +29,13 @@ class DeferredWeights:
 
     def keep(self, weight: nn.Parameter, x: Tensor, grad_y: Tensor, product: Product = weight_gradient) -> None:
         assert self.waiting is not None
-        self._kept.setdefault(self.waiting, []).append((weight, x, grad_y, product))
-        self.bytes += _bytes(x) + _bytes(grad_y)
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        self.kept.setdefault(self.waiting, []).append((weight, x, grad_y, product))
 
     @torch.no_grad()
     def compute(self, microbatch: int, gradients: Gradients) -> None:
         """The weight gradients of one microbatch, handed to `gradients` in the order in which backward met them."""
-        for weight, x, grad_y, product in self._kept.pop(microbatch, []):
+        for weight, x, grad_y, product in self.kept.pop(microbatch, []):
             gradients.add(weight, product(x, grad_y, weight.dtype))
-            self.bytes -= _bytes(x) + _bytes(grad_y)
 
 
 class _Deferring(torch.autograd.Function):
@@ -64,7 +60,3 @@ class _Deferring(torch.autograd.Function):
             grad_bias = grad_y.flatten(0, -2).sum(0, dtype=torch.float64 if grad_y.dtype == torch.float64 else None)
             grad_bias = grad_bias.to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -5,9 +5,10 @@
 Ranks are threads of one process (`tests/thread_ranks.py`), which takes half the processor time; of each composition
 of axes, and of each way to spread experts, one layout also runs on gloo processes.
 
-Results accumulate in `tests/parity/results.jsonl`, so a run goes on where the last one stopped and slices may run on
-several machines; a result counts only for the engine's sources that gave it. At the end `docs/parity.md` is written
-from all results (`--report`: only that). Exit code 1 if any layout is wrong.
+Results accumulate in `tests/parity/results.jsonl`, which is committed: a run goes on where the last one stopped,
+whoever's it was, and slices may run on several machines; a result counts only for the engine's sources that gave it. At
+the end `docs/parity.md` is written from all results (`--report`: only that, and what newer results replace leaves the
+file). Exit code 1 if any layout is wrong.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from tests.parity.layouts import (
     DENSE,
     SAMPLES,
     SPARSE,
+    WIDE,
     Layout,
     Task,
     all_layouts,
@@ -77,9 +79,10 @@ has another number of valid tokens, some have none. It is compared with one proc
 unclipped gradient norm of every step, every parameter's whole gradient of the first step, every weight after the last.
 SGD has momentum, and a pipeline twice as many microbatches as stages where there are samples for it; under AdamW
 clipping is active in every step, there are as many microbatches as stages, the ranks stand in another order, and the
-loss goes by chunks of {chunk} rows. So each layout trains the tied model; then, for {few} steps, one of the other
-models or with Muon. With experts every layout is folded in every way over ep and etp, for {few} steps; models with
-experts, the optimizers and the dispatchers take turns, and a microbatch is one sample.
+loss goes by chunks of {chunk} rows. So each layout trains the tied model with SGD and the untied one with AdamW; then,
+for {few} steps, one of the other models or with Muon. Layouts that ask for more heads than these models have train the
+one with eight, with both optimizers. With experts every layout is folded in every way over ep and etp, for {few} steps;
+models with experts, the optimizers and the dispatchers take turns, and a microbatch is one sample.
 
 Errors are relative, of a tensor by its norm; a cell is the worst of all its trainings. Bounds: {bounds}. A gradient
 that is zero in mathematics (GPT-2's key biases, which softmax ignores) is measured against 1e-6 of the largest tensor:
@@ -93,22 +96,28 @@ rank order, a send completes only when its receive has begun, and what arrives a
 
 
 def cases(world: int) -> Iterator[Case]:
-    """Every layout with SGD and, in another order of the ranks and with the loss in chunks, with AdamW on the tied
-    model; then one of the other models, half of them on one document a row, or Muon. Of each composition of axes, and
-    of each ep × etp, one training is there twice, on processes too."""
-    others = [*(model for model in DENSE if model != "tied"), "muon"]
+    """Every layout with SGD on the tied model and, in another order of the ranks and with the loss in chunks, with
+    AdamW on the untied one; then one of the other models, half of them on one document a row, or Muon. Layouts for
+    which these have too few heads train the wide model. Of each composition of axes, and of each ep × etp, one
+    training is there twice, on processes too."""
+    others = [model for model in DENSE if model not in ("tied", "untied")] + ["muon"]
     of_axes: dict[str, list[Case]] = {}
-    for number, layout in enumerate(all_layouts(world)):
-        plain = _in_rows(layout, Task(optim="sgd"), 2 * layout.pp)
+    narrow = list(all_layouts(world))
+    for number, layout in enumerate(all_layouts(world, WIDE)):
+        wide = layout not in narrow
+        plain = _in_rows(layout, Task(WIDE if wide else "tied", "sgd"), 2 * layout.pp)
         of_axes.setdefault(_composition(layout), []).append(plain)
         yield plain
+        task = Task(WIDE if wide else "untied", "adamw", chunk_rows=CHUNK_ROWS)
         turned = replace(layout, order=ORDERS[number % len(ORDERS)])
-        yield _in_rows(turned if legal(turned) else layout, Task(optim="adamw", chunk_rows=CHUNK_ROWS), layout.pp)
+        yield _in_rows(turned if legal(turned, task) else layout, task, layout.pp)
+        if wide:
+            continue
         other = others[number % len(others)]
         if other != "muon":
             yield _in_rows(layout, Task(other, "adamw", steps=FEW_STEPS, packed=number % 2 == 0), layout.pp)
         elif layout.zero < 3:
-            yield _in_rows(layout, Task("untied", "muon", steps=FEW_STEPS), layout.pp)
+            yield _in_rows(layout, Task("tied", "muon", steps=FEW_STEPS), layout.pp)
     for number, layout in enumerate(all_foldings(world)):
         expert = expert_case(number, layout)
         of_axes.setdefault(f"ep {layout.ep} × etp {layout.etp}", []).append(expert)
@@ -181,6 +190,12 @@ def known() -> dict[str, dict[str, Any]]:
     """The newest result of each case."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     return {entry["case"]: entry for entry in map(json.loads, lines)}
+
+
+def tidy() -> None:
+    """Leave the newest result of each case, in the order of their names."""
+    entries = known()
+    RESULTS.write_text("".join(json.dumps(entries[name]) + "\n" for name in sorted(entries)))
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -330,6 +345,8 @@ def main(words: list[str] | None = None) -> int:
             version,
             arguments.jobs,
         )
+    else:
+        tidy()
     PAGE.write_text(page(version))
     return int(any(not _right(entry) for entry in known().values()))
 

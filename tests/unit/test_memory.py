@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from megalite.config.load import load_config
-from megalite.model.parallelize import apply_recompute
+from megalite.model.parallelize import apply_recompute, defer_weights
 from megalite.model.transformer import Transformer
 from megalite.parallel.parameter import materialize
 from megalite.precision import PRESETS, Precision
 from megalite.train import build
-from megalite.train.memory import predict
+from megalite.train.memory import kept_per_token, predict
 from megalite.train.peak import measured_matmul_peak
 from megalite.train.trainer import Trainer
 from tests.ranks import run_ranks
@@ -77,6 +77,28 @@ def kept_bytes(*overrides: str, precision: Precision) -> tuple[float, float]:
 def test_activations_are_those_autograd_keeps(overrides: tuple[str, ...], precision: str) -> None:
     kept, predicted = kept_bytes(*overrides, precision=PRESETS[precision])
     assert predicted == pytest.approx(kept, rel=0.06, abs=32e3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "least"), [((), 0.9), (("model.qk_norm=true",), 0.8), (("model.moe.experts=8",), 0.2)]
+)
+def test_what_waits_for_its_weight_gradient_is_counted(overrides: tuple[str, ...], least: float) -> None:
+    """A zero-bubble schedule keeps inputs and output gradients of linears from I to W. The prediction counts a layer's
+    whole activations until W instead: that must cover the stash, and not by far but where experts, whose weight
+    gradients do not wait, have most of them."""
+    config = load_config(*SMALL, *overrides)
+    with torch.device("meta"):
+        model = Transformer(config.model, VOCAB, config.data.sequence_length)
+    materialize(model, torch.device("cpu"), seed=0, dtype=torch.float32)
+    deferred = defer_weights(model)
+    deferred.waiting = 0
+    shape = (config.train.micro_batch, config.data.sequence_length)
+    tokens = torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(0))
+    model.loss(tokens, tokens).nll_sum.backward()
+    counted = tokens.numel() * config.model.layers * kept_per_token(config.model, 4, "none")
+    kept = [tensor.untyped_storage() for _, x, grad_y, _ in deferred.kept[0] for tensor in (x, grad_y)]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
+    assert least * counted < held < 1.02 * counted
 
 
 def test_state_is_counted_by_dtype_and_optimizer() -> None:
