@@ -31,6 +31,7 @@ from megalite.comm import Communicator
 from megalite.errors import UserError
 from megalite.mesh import AXES
 from megalite.parallel.boxes import Held
+from megalite.progress import Progress
 
 METADATA_FILE = "metadata.json"
 
@@ -101,16 +102,19 @@ def first_cause(error: dcp.CheckpointException) -> str:
     return str(getattr(cause, "strerror", None) or " ".join(str(cause).split()))
 
 
-def save_tensors(folder: Path, tensors: Mapping[str, Held], group: dist.ProcessGroup | None) -> None:
-    """Write `tensors` into `folder`, each rank of `group` (None: this process alone) what it stores of them.
+def save_tensors(
+    folder: Path, tensors: Mapping[str, Held], group: dist.ProcessGroup | None, show: bool = True
+) -> None:
+    """Write `tensors` into `folder`, each rank of `group` (None: this process alone) what it stores of them. `show`:
+    whether this rank tells its progress.
 
     Together the ranks must hold every element; replicas share out what they all hold. OSError on every rank when one of
     them could not write.
     """
     writer = JsonWriter(folder, single_file_per_rank=True, sync_files=True)
-    planner = HeldSavePlanner(tensors)
     try:
-        with quiet_alone():
+        with quiet_alone(), Progress(f"saving {folder.stem}", unit="B", show=show) as bar:
+            planner = HeldSavePlanner(tensors, bar)
             dcp.save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         raise OSError(0, first_cause(error)) from error
@@ -136,10 +140,11 @@ def load_tensors(
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{folder}: made by another model or optimizer ({'; '.join(problems[:3])}{more})")
     group = None if comm is None else comm.mesh.group(*AXES)
-    planner = HeldLoadPlanner(tensors)
+    reader, show = JsonReader(folder), comm is None or comm.mesh.rank == 0
     try:
-        with quiet_alone():
-            dcp.load({}, storage_reader=JsonReader(folder), planner=planner, process_group=group, no_dist=group is None)
+        with quiet_alone(), Progress(f"loading {folder.name}", unit="pieces", show=show) as bar:
+            planner = HeldLoadPlanner(tensors, bar)
+            dcp.load({}, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         raise UserError(
             f"{folder}: damaged ({first_cause(error)}); delete the folder to go on from an older checkpoint"

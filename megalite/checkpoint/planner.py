@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megalite.parallel.boxes import Box, Held
+from megalite.progress import Progress
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:
@@ -31,9 +32,9 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 class HeldSavePlanner(dcp.DefaultSavePlanner):
     """Offers every box that this rank stores; what replicas offer too is written by one of them, shared out."""
 
-    def __init__(self, held: Mapping[str, Held]) -> None:
+    def __init__(self, held: Mapping[str, Held], bar: Progress) -> None:
         super().__init__(flatten_state_dict=False)
-        self.held = held
+        self.held, self.bar = held, bar
         self.values: dict[MetadataIndex, torch.Tensor] = {}
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
@@ -51,16 +52,21 @@ class HeldSavePlanner(dcp.DefaultSavePlanner):
         self.plan = SavePlan(items)
         return self.plan
 
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        self.bar.total = sum(self.values[item.index].nbytes for item in new_plan.items)
+        return super().finish_plan(new_plan)
+
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        self.bar.advance(self.values[index].nbytes)
         return self.values[index].detach()
 
 
 class HeldLoadPlanner(dcp.DefaultLoadPlanner):
     """Reads into every box that this rank holds whatever stored chunks overlap it."""
 
-    def __init__(self, held: Mapping[str, Held]) -> None:
+    def __init__(self, held: Mapping[str, Held], bar: Progress) -> None:
         super().__init__(flatten_state_dict=False)
-        self.held = held
+        self.held, self.bar = held, bar
         self.values = {MetadataIndex(name, box[0]): values for name, h in held.items() for box, values in h.read}
 
     def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
@@ -73,7 +79,11 @@ class HeldLoadPlanner(dcp.DefaultLoadPlanner):
             stored = self.metadata.state_dict_metadata[name]
             assert isinstance(stored, TensorStorageMetadata)
             items += create_read_items_for_chunk_list(name, stored, [_chunk(box) for box, _ in held.read])
+        self.bar.total = len(items)
         return LoadPlan(items)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        self.bar.advance()
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         return self.values[index]

@@ -56,7 +56,7 @@ class CheckpointStore:
 
         failure = ""
         try:
-            dcp.save_tensors(part, tensors, self.comm.mesh.group(*AXES))
+            dcp.save_tensors(part, tensors, self.comm.mesh.group(*AXES), show=self.comm.mesh.rank == 0)
         except OSError as error:
             failure = str(error.strerror)
         reports = self.comm.gather_json({"failure": failure, "files": {} if failure else self._digests(part)})

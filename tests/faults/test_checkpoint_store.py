@@ -1,6 +1,7 @@
 """Checkpoints are complete or absent, damage is noticed, and nothing in them can run code."""
 
 import builtins
+import functools
 import json
 import multiprocessing
 import os
@@ -13,12 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from megalite.checkpoint import dcp
 from megalite.checkpoint.dcp import METADATA_FILE, load_tensors, read_metadata
 from megalite.checkpoint.store import CheckpointStore, complete_steps, verify
 from megalite.comm import Communicator
 from megalite.errors import RunError, UserError
 from megalite.mesh import Mesh
 from megalite.parallel.boxes import Held
+from megalite.progress import Progress, quantity
 
 ALONE = Communicator(Mesh({"pp": 1, "dp": 1, "cp": 1, "tp": 1}))
 CRASHED = 77
@@ -45,6 +48,19 @@ def assert_intact(checkpoint: Path) -> None:
     loaded = {name: torch.zeros_like(value) for name, value in tensors(step).items()}
     load_tensors(checkpoint, held(loaded))
     assert all(torch.equal(loaded[name], value) for name, value in tensors(step).items())
+
+
+def test_progress_is_told_of_every_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dcp, "Progress", functools.partial(Progress, delay=0.0, interval=0.0))
+    checkpoint = save(tmp_path, 1)
+    size = sum(value.nbytes for value in tensors(1).values())
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith(f"saving step_00000001: {quantity(size, 'B')} in")
+    assert f"of {quantity(size, 'B')} (100%)" in told[-2] and len(told) == len(tensors(1)) + 1
+    assert_intact(checkpoint)
+    assert f"{len(tensors(1))} pieces in" in capsys.readouterr().err.splitlines()[-1]
 
 
 def crash_at(folder: Path, call: int) -> None:
