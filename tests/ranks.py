@@ -6,6 +6,7 @@ traceback, or with the stacks and the last collectives of all.
 """
 
 import atexit
+import ctypes
 import faulthandler
 import mmap
 import multiprocessing
@@ -64,9 +65,16 @@ def _last_calls(path: str) -> str:
     return "\n".join(sorted(filter(None, lines), key=lambda line: int(line.partition(":")[0])))
 
 
+def _die_with_parent() -> None:
+    """A worker holds copies of its parent's pipes: if it outlived a crash, whoever reads them would wait for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _serve(pipe: Connection, stacks: str, calls: str) -> None:
     from megalite.world import leave
 
+    _die_with_parent()
     torch.set_num_threads(1)
     forget = _keep_last_calls(calls)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
