@@ -1,13 +1,15 @@
 """Training speed beside what one would pick instead: same model, same tokens, in alternation on the same machine.
 
     python benchmarks/throughput.py [precision=fp32,bf16] [layout=1x2,2x1] [python=fabric=/venv/bin/python,…]
+    python benchmarks/throughput.py precision=bf16 model=quickstart,s19,s50 engines=megalite,megalite:fp32
 
-An 18.9M-parameter Llama (configs/model/s19.yaml), 2,048 tokens a rank and step: forward, backward, clip, AdamW.
-Layout 1x2 is one process with two threads, 2x1 two data-parallel processes with one. Every engine runs in processes of
-its own that stay alive and take turns, so a slow minute of the machine hits all of them. Printed: tokens/s (median and
-range over the rounds), its ratio to megalite's of the same round, tokens per CPU-second, peak memory of all ranks, and
-the share of this machine's measured matmul rate. "tuned" runs with an allocator that keeps its memory (jemalloc if
-found, else glibc's variables). An engine that is not installed, fails or takes too long is listed as such.
+An 18.9M-parameter Llama (configs/model/s19.yaml) or another of peers/job.py, four sequences a rank and step: forward,
+backward, clip, AdamW. Layout 1x2 is one process with two threads, 2x1 two data-parallel processes with one. Every
+engine runs in processes of its own that stay alive and take turns, so a slow minute of the machine hits all of them.
+Printed: tokens/s (median and range over the rounds), its ratio to megalite's of the same round, tokens per CPU-second,
+peak memory of all ranks, and the share of this machine's measured matmul rate. "tuned" runs with an allocator that
+keeps its memory (jemalloc if found, else glibc's variables). An engine that is not installed, fails or takes too long
+is listed as such.
 """
 
 import json
@@ -15,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from peers.job import SHAPES
@@ -33,6 +36,7 @@ DEFAULT = (
 class Options:
     engines: list[str] = schema.key(DEFAULT.split(","), "Engines, the first of which is the one compared with.")
     precision: list[str] = schema.key(["fp32", "bf16"], "Precisions.", choices=("fp32", "bf16"))
+    model: list[str] = schema.key(["s19"], "Models of peers/job.py.", choices=tuple(SHAPES))
     layout: list[str] = schema.key(["1x2", "2x1"], "Processes x threads.")
     rounds: int = schema.key(3, "Turns of every engine.", minimum=1)
     steps: int = schema.key(4, "Steps of a turn.", minimum=1)
@@ -45,15 +49,15 @@ class Options:
 
 def groups(options: Options) -> Iterator[list[Result]]:
     first, *others = options.engines
-    for precision in options.precision:
-        for layout in options.layout:
-            for start in range(0, max(1, len(others)), options.together):
-                names = [first, *others[start : start + options.together]]
-                yield [Result(name, precision, layout) for name in names]
+    for precision, model, layout in product(options.precision, options.model, options.layout):
+        for start in range(0, max(1, len(others)), options.together):
+            names = [first, *others[start : start + options.together]]
+            yield [Result(name, precision, layout, model) for name in names]
 
 
 def show(results: list[Result], flops_per_token: int, peak: float) -> None:
-    print(f"\n{results[0].precision}, {results[0].layout}; matmul peak {peak / 1e9:.0f} GFLOP/s", flush=True)
+    what = f"{results[0].model}, {results[0].precision}, {results[0].layout}"
+    print(f"\n{what}; matmul peak {peak / 1e9:.0f} GFLOP/s", flush=True)
     heads = (
         f"{'tokens/s':>9} {'range':>13} {'ours/theirs':>12} {'range':>11} {'tok/cpu-s':>10} {'MB':>6} {'of peak':>8}"
     )
@@ -79,10 +83,12 @@ def main() -> None:
     from megalite.model.size import flops_per_token
     from megalite.train.peak import measured_matmul_peak
 
-    flops = flops_per_token(load_config("model=s19").model, SHAPES["s19"].vocab, SHAPES["s19"].sequence)
     interpreters = dict(word.split("=", 1) for word in options.python)
     every = []
     for results in groups(options):
+        shape = SHAPES[results[0].model]
+        sizes = (f"model.{name}={getattr(shape, name)}" for name in ("layers", "hidden", "ffn", "heads", "kv_heads"))
+        flops = flops_per_token(load_config("model=s19", *sizes).model, shape.vocab, shape.sequence)
         dtype = torch.bfloat16 if results[0].precision == "bf16" else torch.float32
         ranks, threads = (int(part) for part in results[0].layout.split("x"))
         peak = measured_matmul_peak(torch.device("cpu"), dtype, ranks * threads)

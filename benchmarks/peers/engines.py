@@ -30,12 +30,13 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 
 def megalite(job: Job) -> Step:
     """The real trainer, its data replaced by the tokens that all engines get. Variants: pure (in bf16, weights and
-    moments too, as transformers has them), compile, and layouts."""
+    moments too, as transformers has them), fp32 (whatever the others compute in), compile, and layouts."""
     from megalite import Trainer, load_config
     from megalite.data.batch import Batch
 
     shape, variant = job.shape, job.variant
-    precision = "bf16_pure" if variant == "pure" and job.precision == "bf16" else job.precision
+    precision = "fp32" if variant == "fp32" else job.precision
+    precision = "bf16_pure" if (variant, precision) == ("pure", "bf16") else precision
     if variant in torch_parallel.PIPELINES:
         chunks, counts = torch_parallel.PIPELINES[variant]
         layout: tuple[str, ...] = ("parallel.pp=2", f"parallel.schedule={variant}", f"parallel.chunks={chunks}")
@@ -47,6 +48,7 @@ def megalite(job: Job) -> Step:
     trainer = Trainer(
         load_config(
             *("model=s19", f"model.hidden={shape.hidden}", f"model.ffn={shape.ffn}", f"model.vocab={shape.vocab}"),
+            *(f"model.layers={shape.layers}", f"model.heads={shape.heads}", f"model.kv_heads={shape.kv_heads}"),
             *("data=bytes", f"data.sequence_length={shape.sequence}", f"precision={precision}", *layout),
             *("train.steps=1000", f"train.micro_batch={micro}", f"train.global_batch={job.rows}"),
             *(f"train.threads={job.threads}", f"train.compile={str(variant == 'compile').lower()}"),

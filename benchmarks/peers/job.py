@@ -26,8 +26,13 @@ class Shape:
     kv_heads: int = 2
 
 
-SHAPES = {"s19": Shape(), "tiny": Shape(vocab=512, sequence=32, hidden=48, ffn=64)}
-"""tiny: to see that everything runs, not how fast."""
+SHAPES = {
+    "s19": Shape(),
+    "quickstart": Shape(vocab=4096, sequence=256, hidden=192, ffn=512, layers=4, heads=4),
+    "s50": Shape(hidden=640, ffn=1728, layers=9, heads=10, kv_heads=5),
+    "tiny": Shape(vocab=512, sequence=32, hidden=48, ffn=64),
+}
+"""quickstart: of that experiment's size; s50: 51M parameters; tiny: to see that everything runs, not how fast."""
 
 
 @dataclass(frozen=True)
