@@ -5,9 +5,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+DEEPSPEED = "deepspeed>=0.18"
 TEST = [
     *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "scipy", "setuptools", "wheel"),
-    *("transformers>=5", "tensorboard", "wandb", "matplotlib>=3.9"),
+    *("transformers>=5", "tensorboard", "wandb", "matplotlib>=3.9", DEEPSPEED),
 ]
 
 setup(
@@ -44,7 +45,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.18"],
+        "deepspeed": [DEEPSPEED],
         "flash-attn": ["flash-attn>=2.8"],
         "wandb": ["wandb>=0.20"],
         "tensorboard": ["tensorboard>=2.15"],
