@@ -1,4 +1,4 @@
-"""Documents out of text, JSONL and Parquet files (text and JSONL also .gz and .zst), in order and in bounded memory.
+"""Documents out of text, JSONL and Parquet files (also .gz and .zst), in order and in bounded memory.
 
 A text file is one document; a JSONL line or Parquet row is one. Nothing is cleaned: what cannot be read is an error
 that names file and line, and what holds no text is counted.
@@ -11,7 +11,7 @@ from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
-from megalite.data.streams import COMPRESSED, open_stream
+from megalite.data.streams import COMPRESSED, open_seekable, open_stream
 from megalite.data.words import segments
 from megalite.errors import UserError
 
@@ -124,7 +124,7 @@ class Reader:
 
         row, size = 0, path.stat().st_size
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            with open_seekable(path) as plain, pyarrow.parquet.ParquetFile(plain) as file:
                 names = file.schema_arrow.names
                 if self._key not in names:
                     raise UserError(f"{path}: no column '{self._key}'; it has {', '.join(names)}; set key=COLUMN")

@@ -2,11 +2,13 @@
 
 import gzip
 import io
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from megalite.errors import UserError
 
@@ -31,6 +33,17 @@ def open_stream(path: Path) -> Iterator[tuple[io.BufferedReader, BinaryIO]]:
         raise UserError(
             f"{path}: cannot read ({error.strerror or error}); check the path and its permissions"
         ) from error
+
+
+@contextmanager
+def open_seekable(path: Path) -> Iterator[Path | IO[bytes]]:
+    """The file, or what it holds unpacked into a temporary file, for formats that are not read from front to back."""
+    if path.suffix not in COMPRESSED:
+        yield path
+        return
+    with open_stream(path) as (stream, _), tempfile.TemporaryFile() as file:
+        shutil.copyfileobj(stream, file)
+        yield file
 
 
 class _Zstd(io.RawIOBase):

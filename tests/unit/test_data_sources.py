@@ -1,6 +1,7 @@
 """Readers and `data build`: every format and compression gives the same documents; what is wrong is named."""
 
 import gzip
+import io
 import json
 import random
 
@@ -50,14 +51,17 @@ def test_text_and_jsonl(tmp_path, suffix):
     assert documents(Reader([path], key="content")) == DOCUMENTS
 
 
-def test_parquet(tmp_path):
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_parquet(tmp_path, suffix):
     table = pyarrow.table({"body": DOCUMENTS, "n": list(range(len(DOCUMENTS)))})
-    pyarrow.parquet.write_table(table, tmp_path / "all.parquet", row_group_size=2, compression="zstd")
-    assert documents(Reader([tmp_path / "all.parquet"], key="body")) == DOCUMENTS
+    pyarrow.parquet.write_table(table, plain := io.BytesIO(), row_group_size=2, compression="zstd")
+    path = tmp_path / f"all.parquet{suffix}"
+    path.write_bytes(compressed(plain.getvalue(), suffix))
+    assert documents(Reader([path], key="body")) == DOCUMENTS
     with pytest.raises(UserError, match="no column 'text'; it has body, n"):
-        documents(Reader([tmp_path / "all.parquet"]))
+        documents(Reader([path]))
     with pytest.raises(UserError, match=r"row 1: 'n' is int"):
-        documents(Reader([tmp_path / "all.parquet"], key="n"))
+        documents(Reader([path], key="n"))
 
 
 def test_long_texts_come_in_pieces_and_nothing_is_lost(tmp_path, monkeypatch):
@@ -103,6 +107,8 @@ def test_what_is_left_out_is_counted(tmp_path):
         ("a.txt.zst", zstandard.compress(random.Random(0).randbytes(5000))[:-100], r"a\.txt\.zst: damaged or cut-off"),
         ("a.txt.zst", b"no zstd at all", r"a\.txt\.zst: damaged"),
         ("a.parquet", b"no parquet", r"a\.parquet: not a readable Parquet"),
+        ("a.parquet.gz", gzip.compress(b"no parquet"), r"a\.parquet\.gz: not a readable Parquet"),
+        ("a.parquet.zst", b"no zstd at all", r"a\.parquet\.zst: damaged"),
     ],
 )
 def test_bad_input_is_named(tmp_path, name, content, says):
