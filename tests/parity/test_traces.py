@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.layouts import Layout, Task, trained
+from tests.parity.layouts import SCHEDULES, Layout, Task, trained
 
 TRACES = Path(__file__).parent / "traces"
 LAYOUTS = {
@@ -22,14 +22,28 @@ LAYOUTS = {
     "tp_sp_overlap": Layout(tp=2, sp=True, overlap=True),
     "cp_ring": Layout(cp=2),
     "cp_ulysses": Layout(cp=2, cp_kind="ulysses"),
-    "pp_1f1b": Layout(pp=2),
-    "pp_zbv": Layout(pp=2, chunks=2, schedule="zbv"),
+    **{f"pp_{name}": Layout(pp=2, chunks=chunks, schedule=name) for name, chunks in SCHEDULES},
     "dp_tp_pp": Layout(dp=2, tp=2, sp=True, pp=2, zero=1),
+    "dp_cp_zero_1": Layout(dp=2, cp=2, zero=1),
+    "tp_cp_pp": Layout(tp=2, sp=True, cp=2, pp=2),
     "hybrid_cp": Layout(cp=4, cp_kind="hybrid"),
 }
-CASES = {name: (layout, Task(steps=2)) for name, layout in LAYOUTS.items()} | {
-    f"fp8_{recipe}": (Layout(tp=2, cp=2), Task("untied", steps=2, fp8=recipe)) for recipe in ("tensorwise", "delayed")
+EXPERTS = {
+    "ep": Layout(dp=2, ep=2),
+    "ep_all_gather": Layout(dp=2, ep=2, dispatcher="all_gather"),
+    "ep_node": Layout(dp=4, ep=4, dispatcher="node", node_ranks=2),
+    "ep_edp_zero_1": Layout(dp=4, ep=2, zero=1),
+    "ep_etp_tp": Layout(dp=2, tp=2, sp=True, ep=2, etp=2),
+    "ep_pp_zbv": Layout(dp=2, pp=2, chunks=2, schedule="zbv", ep=2),
 }
+CASES = (
+    {name: (layout, Task(steps=2)) for name, layout in LAYOUTS.items()}
+    | {name: (layout, Task("experts", steps=2)) for name, layout in EXPERTS.items()}
+    | {
+        f"fp8_{recipe}": (Layout(tp=2, cp=2), Task("untied", steps=2, fp8=recipe))
+        for recipe in ("tensorwise", "delayed")
+    }
+)
 HEAD = "rank  times  phase     op              axes         bytes  dtype"
 
 
