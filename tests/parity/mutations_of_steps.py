@@ -234,7 +234,7 @@ def _() -> Patch:
 def _() -> Patch:
     def skipping(original: Any, self: DeferredWeights, microbatch: int, gradients: Gradients) -> None:
         if microbatch == 1:
-            self._kept.pop(microbatch, None)
+            self.kept.pop(microbatch, None)
         original(self, microbatch, gradients)
 
     return around(DeferredWeights, "compute", skipping)
@@ -243,10 +243,10 @@ def _() -> Patch:
 @fault("zero bubble: the weight gradients of one microbatch count twice", ZERO_BUBBLE)
 def _() -> Patch:
     def twice(original: Any, self: DeferredWeights, microbatch: int, gradients: Gradients) -> None:
-        kept = list(self._kept.get(microbatch, []))
+        kept = list(self.kept.get(microbatch, []))
         original(self, microbatch, gradients)
         if microbatch == 1:
-            self._kept[microbatch] = kept
+            self.kept[microbatch] = kept
             original(self, microbatch, gradients)
 
     return around(DeferredWeights, "compute", twice)
