@@ -5,6 +5,7 @@ optimizer state, every layer's kept activations, and the largest transient. Foll
 compares the activation part with what autograd really keeps.
 """
 
+import ctypes
 import resource
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -214,8 +215,20 @@ def _transient(config: Config, vocab: int, tokens: int, compute: torch.dtype, la
     return max(((1 + model.mtp) * gradients + max(chunk, handed_on)) * last, again)
 
 
+def begin_measuring(device: torch.device) -> None:
+    """Forget the peak so far and hand back what is freed: tokenizing a corpus leaves more than training may need."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError):  # not glibc, not Linux: the peak is the process's own
+        return
+
+
 def measured_memory(device: torch.device) -> int:
-    """Peak bytes this process has used on `device` so far (of the CPU: resident, since its own start)."""
+    """Peak bytes this process has used on `device` since `begin_measuring` (of the CPU: resident)."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:

@@ -31,7 +31,7 @@ from megalite.train.evaluate import Evaluation, evaluate
 from megalite.train.fp8_steps import Fp8Steps
 from megalite.train.interrupt import Stopped, StopRequest
 from megalite.train.loss_scale import LossScale
-from megalite.train.memory import measured_memory
+from megalite.train.memory import begin_measuring, measured_memory
 from megalite.train.numerics import Numerics, sentence
 from megalite.train.observers import make_observers
 from megalite.train.resume import resume, rewind, training_state
@@ -75,6 +75,7 @@ class Trainer:
         self.device = self.world.device
         self.precision = choose_precision(config.precision, self.device)
         self.data = build.make_data(config, self.comm)
+        begin_measuring(self.device)
         self.vocab = config.model.vocab or self.data.tokenizer.vocab
         schedule = build.make_schedule(config, self.mesh)
         self.stages = build.make_stages(config, self.comm, self.vocab, schedule.placement, self.precision, self.device)
