@@ -87,8 +87,7 @@ def main() -> None:
     every = []
     for results in groups(options):
         shape = SHAPES[results[0].model]
-        sizes = (f"model.{name}={getattr(shape, name)}" for name in ("layers", "hidden", "ffn", "heads", "kv_heads"))
-        flops = flops_per_token(load_config("model=s19", *sizes).model, shape.vocab, shape.sequence)
+        flops = flops_per_token(load_config(*shape.overrides()).model, shape.vocab, shape.sequence)
         dtype = torch.bfloat16 if results[0].precision == "bf16" else torch.float32
         ranks, threads = (int(part) for part in results[0].layout.split("x"))
         peak = measured_matmul_peak(torch.device("cpu"), dtype, ranks * threads)

@@ -47,8 +47,7 @@ def megalite(job: Job) -> Step:
         micro = job.rows if shared else MICRO_BATCH
     trainer = Trainer(
         load_config(
-            *("model=s19", f"model.hidden={shape.hidden}", f"model.ffn={shape.ffn}", f"model.vocab={shape.vocab}"),
-            *(f"model.layers={shape.layers}", f"model.heads={shape.heads}", f"model.kv_heads={shape.kv_heads}"),
+            *shape.overrides(),
             *("data=bytes", f"data.sequence_length={shape.sequence}", f"precision={precision}", *layout),
             *("train.steps=1000", f"train.micro_batch={micro}", f"train.global_batch={job.rows}"),
             *(f"train.threads={job.threads}", f"train.compile={str(variant == 'compile').lower()}"),

@@ -25,6 +25,11 @@ class Shape:
     heads: int = 6
     kv_heads: int = 2
 
+    def overrides(self) -> list[str]:
+        """What makes megalite's model=s19 this one."""
+        sizes = ("vocab", "hidden", "ffn", "layers", "heads", "kv_heads")
+        return ["model=s19", *(f"model.{size}={getattr(self, size)}" for size in sizes)]
+
 
 SHAPES = {
     "s19": Shape(),
