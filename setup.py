@@ -55,5 +55,5 @@ setup(
         "dev": [*TEST, "ruff", "mypy", "import-linter"],
         "bench": ["transformers>=5", "lightning-fabric", "datasets", "psutil", "matplotlib>=3.9"],
     },
-    entry_points={"console_scripts": ["megalite=megalite.cli:main"]},
+    entry_points={"console_scripts": ["megalite=megalite.cli:command"]},
 )

@@ -1,8 +1,6 @@
 """`python -m megalite`, which torchrun needs: the same as the `megalite` command."""
 
-import sys
-
-from megalite.cli import main
+from megalite.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

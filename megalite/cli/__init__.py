@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megalite.config.options import HelpRequested
 from megalite.config.tree import nearest
@@ -33,6 +34,16 @@ USER_ERRNOS = {
     if hasattr(errno, name)
 }
 """File system failures that are the user's to solve; any other OSError keeps its traceback."""
+
+
+def command() -> NoReturn:
+    """`main` as a process."""
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from megalite.world import end
+
+        end(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megalite.world import end
+
 RANKS = 2
 TIMEOUT_SECONDS = 30
 
@@ -60,4 +62,4 @@ def main(rank: int, store_file: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2]))
+    end(main(int(sys.argv[1]), sys.argv[2]))
