@@ -12,6 +12,7 @@ from megalite_kernels.fp8 import dequantize_fp8, fp8_amax, fp8_scale, quantize_f
 from megalite_kernels.linear import linear, weight_gradient
 from megalite_kernels.loss import linear_cross_entropy, vocabulary_parallel_cross_entropy
 from megalite_kernels.moe import grouped_gemm, moe_permute, moe_route, moe_unpermute
+from megalite_kernels.moe_cpu import multiple_of_rows
 from megalite_kernels.norm import layer_norm, rms_norm
 from megalite_kernels.optim import adamw_step, gradient_norm, newton_schulz
 from megalite_kernels.reference import IGNORE_INDEX
@@ -39,6 +40,7 @@ __all__ = [
     "moe_permute",
     "moe_route",
     "moe_unpermute",
+    "multiple_of_rows",
     "newton_schulz",
     "quantize_fp8",
     "relu2",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("attention.c", "fp8.c", "rows.c")
+SOURCES = ("attention.c", "fp8.c", "moe.c", "rows.c")
 HEADERS = ("simd.h",)
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("gcc", "cc", "clang")

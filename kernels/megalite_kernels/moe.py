@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megalite_kernels import moe_cpu, reference
 from megalite_kernels.dispatch import choose
-from megalite_kernels.reference.moe import SCORES
+from megalite_kernels.reference.moe import SCORES, sorted_rows
 from megalite_kernels.tuning import Tuned
 
 INTEGERS = (torch.int32, torch.int64)
@@ -80,8 +80,8 @@ def moe_permute(
     Expert e's rows are offsets[e] to offsets[e + 1], in the order of tokens; slot (n, j) lies at row inverse[n, j].
     `pad_to`: each expert's rows are filled up with zeros to a multiple of it. A slot whose index is outside 0 … E - 1
     (dropped, or another rank's) has no row, and inverse -1. M = N · K, and with `pad_to` as many more as any choice
-    could need; rows from offsets[E] on are zero. A caller who knows how many slots have an expert says so in `rows`:
-    M is that. offsets[1:] is what torch.nn.functional.grouped_mm takes.
+    could need; rows from offsets[E] on are zero. A caller who knows how many slots have an expert says so in `rows`,
+    which then stands for N · K. offsets[1:] is what torch.nn.functional.grouped_mm takes.
     Raises ValueError for indices that aren't integers [N, K].
     """
     if x_ND.dim() != 2 or indices_NK.dim() != 2 or len(x_ND) != len(indices_NK) or indices_NK.dtype not in INTEGERS:
@@ -89,8 +89,8 @@ def moe_permute(
         raise ValueError(f"moe_permute: needs x [N, D] and integers [N, K], not {shapes}")
     if experts < 1 or (pad_to is not None and pad_to < 1):
         raise ValueError(f"moe_permute: {experts} experts, padded to {pad_to}: both are at least 1")
-    if rows is not None and (pad_to is not None or not 0 <= rows <= indices_NK.numel()):
-        raise ValueError(f"moe_permute: {rows} rows of {indices_NK.numel()} slots; pad_to allocates by itself")
+    if rows is not None and not 0 <= rows <= indices_NK.numel():
+        raise ValueError(f"moe_permute: {rows} rows of {indices_NK.numel()} slots")
     chosen = choose("moe_permute", backend, x_ND.device.type, x_ND.dtype)
     if chosen == "cpu":
         made = moe_cpu.permute(x_ND, indices_NK, experts, pad_to or 1, rows)
@@ -101,7 +101,7 @@ def moe_permute(
         from megalite_kernels.gpu.moe_permute import permute
 
         sorted_MD, offsets, inverse = permute(x_ND, indices_NK, experts, pad_to or 1)
-    return sorted_MD[:rows], offsets, inverse
+    return sorted_MD if rows is None else sorted_MD[: sorted_rows(rows, experts, pad_to)], offsets, inverse
 
 
 def moe_unpermute(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None = None, *, backend: str = "auto") -> Tensor:

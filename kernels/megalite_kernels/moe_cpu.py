@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalite_kernels import native
 from megalite_kernels.capability import emulate_bf16_on_cpu
 from megalite_kernels.custom_op import custom_op
 from megalite_kernels.moe_gradients import products, there_and_back
@@ -48,27 +49,37 @@ def permute(
     x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int, rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`moe_permute`; pad_to 1: no padding."""
-    offsets, inverse = sorted_places(indices_NK, experts, pad_to)
-    rows = sorted_rows(inverse.numel(), experts, pad_to) if rows is None else rows
-    return _spread(x_ND, inverse, rows)[0], offsets, inverse
+    if native.plain(indices_NK):
+        offsets, inverse = native.moe_places(indices_NK.long().contiguous(), experts, pad_to)
+    else:
+        offsets, inverse = sorted_places(indices_NK, experts, pad_to)
+    rows = sorted_rows(inverse.numel() if rows is None else rows, experts, pad_to)
+    return _spread(x_ND, inverse, rows), offsets, inverse
 
 
-def _spread(x_ND: Tensor, inverse_NK: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """(a copy of its token's row at every slot's place, slot of each row); zeros, and -1, where there is none."""
-    place = inverse_NK.flatten().long()
-    slot = place.new_full((rows + 1,), -1)
-    slot[place] = torch.arange(len(place))  # -1 falls into the last, which is cut off
-    slot = slot[:rows]
-    if not len(x_ND):  # padding alone
-        return x_ND.new_zeros(rows, x_ND.shape[1]), slot
-    out = x_ND.index_select(0, slot.clamp(min=0) // max(1, inverse_NK.shape[1]))
-    free = (slot < 0).nonzero().flatten()
-    return (out.index_fill_(0, free, 0.0) if len(free) else out), slot
+def _spread(x_ND: Tensor, inverse_NK: Tensor, rows: int) -> Tensor:
+    """A copy of its token's row at every slot's place; zeros where there is none."""
+    out = _for_slots(x_ND, inverse_NK, rows)
+    if native.usable(x_ND) and native.plain(inverse_NK):
+        native.moe_spread(x_ND.contiguous(), inverse_NK, out)
+        return out
+    taken = inverse_NK >= 0
+    out[inverse_NK[taken].long()] = x_ND.repeat_interleave(taken.sum(1), dim=0)
+    return out
+
+
+def _for_slots(x_ND: Tensor, inverse_NK: Tensor, rows: int) -> Tensor:
+    """Room for `rows` like x's; set to zero where no slot will write."""
+    every = rows == inverse_NK.numel() and (not rows or int(inverse_NK.min()) >= 0)
+    return (torch.empty if every else torch.zeros)(rows, x_ND.shape[1], dtype=x_ND.dtype)
 
 
 @custom_op("megalite::cpu_moe_unpermute", mutates_args=())
 def unpermute(y_MD: Tensor, inverse_NK: Tensor, probs_NK: Tensor | None) -> Tensor:
     """`moe_unpermute`."""
+    if native.usable(y_MD) and native.plain(inverse_NK) and (probs_NK is None or probs_NK.dtype == torch.float32):
+        probs = None if probs_NK is None else probs_NK.contiguous()
+        return native.moe_sum(y_MD.contiguous(), inverse_NK.contiguous(), probs)
     y = widen(y_MD)
     if not len(y) or (inverse_NK.numel() and int(inverse_NK.min()) < 0):
         y = torch.cat((y, y.new_zeros(1, y.shape[1])))
@@ -82,17 +93,18 @@ def unpermute_backward(
     grad_ND: Tensor, inverse_NK: Tensor, rows: int, probs_NK: Tensor | None, y_MD: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(gradient of the sorted rows, gradient of the probabilities)."""
-    grad_y, slot = _spread(grad_ND, inverse_NK, rows)
     if probs_NK is None or y_MD is None:
-        return grad_y, grad_ND.new_empty(0)
-    if not len(grad_ND):
-        return grad_y, torch.zeros_like(probs_NK)
-    wide = widen(grad_y)
-    taken = slot >= 0
-    grad_probs = probs_NK.new_zeros(probs_NK.numel())
-    grad_probs[slot[taken]] = torch.linalg.vecdot(wide, widen(y_MD))[taken].to(probs_NK.dtype)
-    prob = probs_NK.flatten().to(wide.dtype)[slot.clamp(min=0)]
-    return wide.mul_(prob[:, None]).to(grad_ND.dtype), grad_probs.view(probs_NK.shape)
+        return _spread(grad_ND, inverse_NK, rows), grad_ND.new_empty(0)
+    if native.usable(grad_ND, y_MD) and native.plain(inverse_NK) and probs_NK.dtype == torch.float32:
+        grad_y = _for_slots(grad_ND, inverse_NK, rows)
+        given = grad_ND.contiguous(), inverse_NK.contiguous(), probs_NK.contiguous(), y_MD.contiguous()
+        return grad_y, native.moe_sum_backward(*given, grad_y)
+    token, _ = (taken := inverse_NK >= 0).nonzero(as_tuple=True)
+    place, wide = inverse_NK[taken].long(), widen(grad_ND)[token]
+    grad_y, grad_probs = _for_slots(grad_ND, inverse_NK, rows), torch.zeros_like(probs_NK)
+    grad_y[place] = (wide * probs_NK[taken].to(wide.dtype)[:, None]).to(grad_ND.dtype)
+    grad_probs[taken] = torch.linalg.vecdot(wide, widen(y_MD)[place]).to(probs_NK.dtype)
+    return grad_y, grad_probs
 
 
 @custom_op("megalite::cpu_grouped_gemm", mutates_args=())
@@ -120,6 +132,17 @@ def grouped_gemm_weights(x_MD: Tensor, grad_MF: Tensor, offsets: Tensor, like_ED
 def grouped_gemm_bias(grad_MF: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     """Each expert's sum over its rows, [E, F]."""
     return torch.stack([widen(grad_MF[a:b]).sum(0) for a, b in pairwise(offsets.tolist())]).to(dtype)
+
+
+def multiple_of_rows(slots: int, experts: int, like: Tensor) -> int:
+    """What an expert's rows are best filled up to a multiple of: a sixteenth of an even share or less.
+
+    oneDNN, which multiplies half precision, compiles a product anew for each number of rows (a millisecond and more,
+    three times as long as a product of a few hundred rows takes), and with experts that number changes all the time.
+    """
+    if like.device.type != "cpu" or like.dtype.itemsize != 2 or emulate_bf16_on_cpu():
+        return 1
+    return 1 << max(0, (slots // experts).bit_length() - 5)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:

@@ -19,7 +19,7 @@ def there_and_back(permute: Any, unpermute: Any, unpermute_backward: Any) -> Non
     def _(
         x_ND: Tensor, indices_NK: Tensor, experts: int, pad_to: int, rows: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = sorted_rows(indices_NK.numel(), experts, pad_to) if rows is None else rows
+        rows = sorted_rows(indices_NK.numel() if rows is None else rows, experts, pad_to)
         offsets = indices_NK.new_empty(experts + 1, dtype=torch.int32)
         return x_ND.new_empty((rows, x_ND.shape[1])), offsets, offsets.new_empty(indices_NK.shape)
 

@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from megalite_kernels import grouped_gemm, moe_permute, moe_unpermute
+from megalite_kernels import grouped_gemm, moe_permute, moe_unpermute, multiple_of_rows
 from torch import Tensor, nn
 
 from megalite.comm import Communicator
@@ -59,7 +59,10 @@ class Experts(nn.Module):
         else:
             # A CPU sees at once how many rows have an expert here; a GPU makes room for all rather than wait.
             rows = int((work.indices_RK >= 0).sum()) if work.rows_RD.device.type == "cpu" else work.slots
-            x, offsets, inverse = moe_permute(work.rows_RD, work.indices_RK, parts, rows=rows, backend=self.backend)
+            pad_to = 1 if self.fp8 or rows is None else multiple_of_rows(rows, parts, work.rows_RD)
+            x, offsets, inverse = moe_permute(
+                work.rows_RD, work.indices_RK, parts, pad_to=pad_to, rows=rows, backend=self.backend
+            )
         names = ("gate", "up") if self.gated else ("up",)
         inner = [self._product(x, name, offsets, getattr(self, f"{name}_bias", None)) for name in names]
         y = recompute.run(self.recompute, self._contract, offsets, *inner)

@@ -6,7 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megalite_kernels import grouped_gemm, moe_permute, moe_route, moe_unpermute, reference, swiglu
+from megalite_kernels import (
+    grouped_gemm,
+    moe_cpu,
+    moe_permute,
+    moe_route,
+    moe_unpermute,
+    multiple_of_rows,
+    reference,
+    swiglu,
+)
 from megalite_kernels.dispatch import OPS, Decision, Machine, Request, decide
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -193,16 +202,24 @@ SHAPES = {
     "experts": st.integers(4, 9),
     "elsewhere": st.booleans(),
     "pad_to": st.sampled_from([None, 1, 2, 8]),
+    "known": st.booleans(),
+    "dtype": st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
 }
 
 
 def check_permutation(
-    backend: str, seed: int, tokens: int, k: int, experts: int, elsewhere: bool, pad_to: int | None
-) -> None:
+    backend: str, seed: int, tokens: int, k: int, experts: int, elsewhere: bool, pad_to: int | None, known: bool,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """`known`: how many slots have an expert."""
     x, indices = drawn(seed, tokens, k, experts, elsewhere)
-    rows, offsets, inverse = moe_permute(x, indices, experts, pad_to=pad_to, backend=backend)
-    ends, here = offsets.tolist(), (indices >= 0) & (indices < experts)
+    x, here = x.to(dtype), (indices >= 0) & (indices < experts)
+    slots = int(here.sum()) if known else here.numel()
+    how: dict[str, Any] = {"pad_to": pad_to, "rows": slots if known else None, "backend": backend}
+    rows, offsets, inverse = moe_permute(x, indices, experts, **how)
+    ends = offsets.tolist()
     assert ends[0] == 0 and ends == sorted(ends) and ends[-1] <= len(rows)
+    assert len(rows) <= slots + min(slots, experts) * ((pad_to or 1) - 1)
     assert torch.equal(inverse >= 0, here)
     taken = inverse[here]
     assert len(taken.unique()) == len(taken)  # each slot its own row: every token computed once by each of its experts
@@ -214,8 +231,9 @@ def check_permutation(
     unused = torch.ones(len(rows), dtype=torch.bool).index_fill(0, taken.long(), False)
     assert not rows[unused].any()
     back = moe_unpermute(rows, inverse, here / here.sum(1, keepdim=True).clamp(min=1), backend=backend)
-    torch.testing.assert_close(back, x * here.any(1, keepdim=True), rtol=1e-6, atol=1e-7)
-    again = moe_permute(x, indices, experts, pad_to=pad_to, backend=backend)
+    rtol = 1e-6 if dtype.itemsize > 2 else 2**-8
+    torch.testing.assert_close(back, x * here.any(1, keepdim=True), rtol=rtol, atol=1e-7)
+    again = moe_permute(x, indices, experts, **how)
     assert all(torch.equal(a, b) for a, b in zip(again, (rows, offsets, inverse), strict=True))
 
 
@@ -230,7 +248,8 @@ def test_there_and_back(backend: str, **shape: Any) -> None:
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(**SHAPES)
 def test_there_and_back_in_triton(**shape: Any) -> None:
-    check_permutation(has("triton"), **shape)
+    wide = torch.float32 if shape["dtype"] == torch.float64 else shape["dtype"]
+    check_permutation(has("triton"), **{**shape, "dtype": wide})
 
 
 @pytest.mark.law("moe_route")
@@ -303,6 +322,26 @@ def test_bf16_rows_and_wide_probabilities(backend: str) -> None:
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.detach().abs().max()))
+
+
+def test_rows_filled_up_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What experts are filled up to where the number of rows is dear: powers of two that waste a sixteenth or less."""
+    like = torch.empty(0, dtype=torch.bfloat16)
+    monkeypatch.setattr(moe_cpu, "emulate_bf16_on_cpu", lambda: False)
+    assert [multiple_of_rows(slots, 4, like) for slots in (0, 60, 124, 128, 4 * 512, 4 * 1023)] == [1, 1, 1, 2, 32, 32]
+    assert multiple_of_rows(4096, 4, like.float()) == 1
+    monkeypatch.undo()
+    x, w = random(300, 16).bfloat16().requires_grad_(), random(4, 16, 8, seed=1).bfloat16().requires_grad_()
+    probs, indices = random(300, 2, seed=2).float().requires_grad_(), random(300, 3, seed=3).argsort(-1)[:, :2]
+    results = []
+    for pad_to in (1, 16):
+        rows, offsets, inverse = moe_permute(x, indices, 4, pad_to=pad_to, rows=600)
+        assert len(rows) == (600, 656)[pad_to > 1]  # 4 x 15 more, down to a multiple
+        out = moe_unpermute(grouped_gemm(rows, w, offsets), inverse, probs)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), (x, w, probs))))
+    for plain, filled in zip(*results, strict=True):
+        torch.testing.assert_close(filled, plain, rtol=1e-2, atol=1e-2 * float(plain.detach().abs().max()))
+    assert not results[1][2][3].any()  # the expert that got nothing
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
