@@ -198,12 +198,14 @@ def _pass(
         z_sum += lse.square().sum()
         if gradient is None:
             continue
+        if gradient.dtype != product:  # into the place of the logits it was made of
+            gradient = buffer[: len(gradient)].copy_(gradient)
         if hidden_grad:
-            grad_hidden[chosen] = gradient.to(product) @ weight
+            grad_hidden[chosen] = gradient @ weight
         if weight_grad and product == wide:
             grad_weight.addmm_(gradient.T, hidden)
         elif weight_grad:
-            grad_weight += gradient.to(product).T @ hidden
+            grad_weight += gradient.T @ hidden
     return nll_sum, z_sum, grad_hidden, grad_weight
 
 

@@ -18,6 +18,10 @@ ALIGN = 64
 have other bits at another alignment."""
 
 
+UNSENT = 2**20
+"""Elements of a bucket that is summed with nobody: small, for it takes memory from its first gradient on."""
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
     """A parameter's place: elements `start`..`stop` of its bucket."""
@@ -79,7 +83,8 @@ def make_buckets(chunks: Sequence[nn.Module], mesh: Mesh, elements: float, zero:
         kind = (users[parameter], placed.replicas, placed.partial, placed.tied, alike, parameter.dtype)
         slots = filling.setdefault(kind, [])
         slots.append(Slot(name, parameter, declared, placed, _aligned(slots[-1].stop) if slots else 0))
-        if slots[-1].stop >= elements:
+        sent = placed.partial or placed.tied or mesh.size(*placed.replicas) > 1
+        if slots[-1].stop >= (elements if sent else min(elements, UNSENT)):
             buckets.append(Bucket(kind[0], filling.pop(kind), mesh, zero))
     return buckets + [Bucket(kind[0], slots, mesh, zero) for kind, slots in filling.items()]
 

@@ -47,16 +47,23 @@ class Piece:
 
 
 class _Buffer:
-    """The gradients of a bucket in `dtype`.
+    """The gradients of a bucket in `dtype`. Between `zero` and the first gradient that arrives `whole` takes no memory,
+    which is when activations need most of it; unless it is `lent` to somebody who writes to it unasked.
 
     `streams`: what arrives is reduced after every microbatch and added onto `shard`, so the whole bucket is there only
     in passing; else it accumulates in `whole` and is reduced once. `wire`: what its terms travel in.
     """
 
     def __init__(
-        self, bucket: Bucket, dtype: torch.dtype, comm: Communicator, zero: int, wire: torch.dtype | None = None
+        self,
+        bucket: Bucket,
+        dtype: torch.dtype,
+        comm: Communicator,
+        zero: int,
+        wire: torch.dtype | None = None,
+        lent: bool = False,
     ) -> None:
-        self.bucket, self.comm, self.wire = bucket, comm, wire or dtype
+        self.bucket, self.comm, self.wire, self.lent = bucket, comm, wire or dtype, lent
         self.streams = bucket.ranks > 1 and (zero == 2 or comm.ordered)
         self._new = lambda n: torch.zeros(n, dtype=dtype, device=bucket.slots[0].parameter.device)
         self.whole = None if self.streams and bucket.sharded else self._new(bucket.size)
@@ -79,6 +86,8 @@ class _Buffer:
         """Where the gradient of a parameter accumulates now."""
         if self.arriving is None:
             self.arriving = self._new(self.bucket.size)
+        if self.arriving is self.whole:
+            self.hold()
         return self.arriving[slot.start : slot.stop].view_as(slot.parameter)
 
     def zero(self) -> None:
@@ -88,8 +97,17 @@ class _Buffer:
             self.shard.zero_()
         else:
             assert self.whole is not None
-            self.whole.zero_()
+            if self.lent or not self.whole.untyped_storage().resizable():  # a numpy array shares it, say
+                self.whole.zero_()
+            else:
+                self.whole.untyped_storage().resize_(0)
         self.missing = self._all()
+
+    def hold(self) -> None:
+        """`whole` has memory, of zeros unless something has arrived."""
+        if self.whole is not None and not self.whole.untyped_storage().nbytes():
+            self.whole.untyped_storage().resize_(self.whole.nbytes)
+            self.whole.zero_()
 
     def launch(self) -> None:
         """Start the sum over the replicas of what has arrived."""
@@ -97,6 +115,7 @@ class _Buffer:
         comm, axes = self.comm, self.bucket.replicas
         if not self.streams:
             assert self.whole is not None
+            self.hold()
             if self.apart:
                 self._work = comm.reduce_scatter_into(self.shard, self.whole, *axes, async_op=True, wire=self.wire)
             else:
@@ -122,6 +141,7 @@ class _Buffer:
     def finish(self) -> None:
         """Wait, then sum over what is not a replica: axes that hold terms, and stages that hold copies."""
         self.settle()
+        self.hold()
         if self.bucket.partial:
             self.comm.all_reduce(self.total, *self.bucket.partial)
         if self.bucket.tied:
@@ -134,6 +154,7 @@ class _Buffer:
         """The summed gradients of the whole bucket, on every replica. A collective where it is sharded."""
         if not self.bucket.sharded:
             assert self.whole is not None
+            self.hold()
             return self.whole
         whole = self._new(self.bucket.size)
         self.comm.all_gather_into(whole, self.shard, *self.bucket.replicas)
@@ -152,6 +173,8 @@ class Gradients:
     of this rank, in definition order.
     """
 
+    lent = False
+
     def __init__(
         self,
         chunks: Sequence[nn.Module],
@@ -166,7 +189,7 @@ class Gradients:
         self.compute = next(iter(self.chunks[0].parameters())).dtype
         self.streams = zero == 2 or comm.ordered
         self.buckets = make_buckets(chunks, comm.mesh, bucket_bytes / dtype.itemsize, zero)
-        self._buffers = [_Buffer(bucket, dtype, comm, zero, communicate) for bucket in self.buckets]
+        self._buffers = [_Buffer(bucket, dtype, comm, zero, communicate, self.lent) for bucket in self.buckets]
         self._slots = {s.parameter: (buffer, s) for buffer in self._buffers for s in buffer.bucket.slots}
         in_order = dict.fromkeys(p for chunk in self.chunks for p in trained(chunk))
         self.slots = [self._slots[parameter][1] for parameter in in_order]
@@ -174,10 +197,7 @@ class Gradients:
         self._flying: list[_Buffer] = []
         self._chunk: int | None = None  # whose backward runs
         self._counts = self._launches = False
-        self._in_place: dict[nn.Parameter, torch.Tensor] = {}
-        for parameter, (buffer, slot) in self._slots.items():
-            if parameter.dtype == dtype and not buffer.streams:
-                parameter.grad = self._in_place[parameter] = buffer.view(slot)
+        for parameter in self._slots:
             parameter.register_post_accumulate_grad_hook(unowned(self._arrived))
         self.zero()
 
@@ -187,6 +207,7 @@ class Gradients:
         buffer, slot = self._slots[parameter]
         if buffer.whole is None:
             raise ValueError(f"{slot.name}: its gradient is sharded; use full()")
+        buffer.hold()
         return buffer.whole[slot.start : slot.stop].view_as(parameter)
 
     def full(self, parameter: nn.Parameter) -> torch.Tensor:
@@ -199,6 +220,7 @@ class Gradients:
         found = {}
         for buffer in self._buffers:
             bucket = buffer.bucket
+            buffer.hold()
             for slot, low, high in bucket.updated():
                 origin = bucket.low if bucket.sharded else 0
                 gradient = buffer.result[low - origin : high - origin]
@@ -208,10 +230,9 @@ class Gradients:
         return [found[slot] for slot in self.slots if slot in found]
 
     def kept_bytes(self) -> int:
-        """Memory that gradients take all the time; ZeRO 2 has more of it in passing."""
-        tensors = [t for b in self._buffers for t in (b.whole, b.shard) if t is not None]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
+        """Memory that gradients take once all have arrived; ZeRO 2 has more of it in passing."""
+        tensors = [t for b in self._buffers for t in ([b.whole, b.shard] if b.apart else [b.whole]) if t is not None]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def zero(self) -> None:
         for buffer in self._buffers:
@@ -252,11 +273,8 @@ class Gradients:
         gradient = parameter.grad
         if gradient is None:
             return  # torch tells also of a gradient that backward leaves out: W brings it later
-        if gradient is self._in_place.get(parameter):
-            self._count(self._slots[parameter][0], parameter)
-        else:
-            parameter.grad = None
-            self.add(parameter, gradient)
+        parameter.grad = None
+        self.add(parameter, gradient)
 
     def _open(self, chunk: int) -> None:
         if self.streams and not self._queues[chunk]:

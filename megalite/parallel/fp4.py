@@ -76,7 +76,7 @@ class Fp4:
         return dequantize_nvfp4(*quantize_nvfp4(values, rows=rows, amax=amax, bits=bits), rows=rows, dtype=wide)
 
     @staticmethod
-    def known(kind: Kind, made: Tensor) -> dict[str, Tensor]:
+    def scales(kind: Kind, made: Tensor) -> dict[str, Tensor]:
         """Nothing: what is transposed is transformed first."""
         return {}
 

@@ -225,19 +225,19 @@ class Fp8:
             known = amax
         return factor(values, blocks, dtype, unless_lost(known.view_as(amax), amax))
 
-    def known(self, kind: Kind, made: Factor) -> dict[str, Tensor]:
+    def scales(self, kind: Kind, made: Factor) -> dict[str, Tensor]:
         """What `weight_gradient` need not find or agree on: a whole tensor's scale is the transposed one's too."""
         return {kind: made.scales} if made.blocks == "tensorwise" else {}
 
-    def weight_gradient(self, x: Tensor, grad_y: Tensor, dtype: torch.dtype, **known: Tensor) -> Tensor:
+    def weight_gradient(self, x: Tensor, grad_y: Tensor, dtype: torch.dtype, **scales: Tensor) -> Tensor:
         """[N, K] from the input [..., K] and the output's gradient [..., N]; both are quantised along the tokens."""
-        gradient = self._turned("gradient", grad_y.flatten(0, -2).t(), "NM", known)
-        return multiplied(gradient, self._turned("input", x.flatten(0, -2).t(), "KM", known), dtype)
+        gradient = self._turned("gradient", grad_y.flatten(0, -2).t(), "NM", scales)
+        return multiplied(gradient, self._turned("input", x.flatten(0, -2).t(), "KM", scales), dtype)
 
-    def _turned(self, kind: Kind, values: Tensor, dims: str, known: Mapping[str, Tensor]) -> Factor:
-        if kind not in known:
+    def _turned(self, kind: Kind, values: Tensor, dims: str, scales: Mapping[str, Tensor]) -> Factor:
+        if kind not in scales:
             return self.quantized(kind, values, dims)
-        return scaled(values, self.recipe.blocks(kind), self.recipe.dtype(kind), known[kind])
+        return scaled(values, self.recipe.blocks(kind), self.recipe.dtype(kind), scales[kind])
 
 
 class Product(torch.autograd.Function):
@@ -248,19 +248,19 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.how, ctx.deferred, ctx.weight = how, deferred, None if deferred is None else weight
         factors = how.quantized("input", x.flatten(0, -2), "MK"), how.quantized("weight", weight.detach(), "NK")
-        ctx.known = how.known("input", factors[0])
+        ctx.scales = how.scales("input", factors[0])
         y: Tensor = how.multiply(*factors, x.dtype)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), how, deferred, known = ctx.saved_tensors, ctx.how, ctx.deferred, ctx.known
+        (x, weight), how, deferred, scales = ctx.saved_tensors, ctx.how, ctx.deferred, ctx.scales
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             gradient = how.quantized("gradient", grad_y.flatten(0, -2), "MN")
             grad_x = how.multiply(gradient, how.quantized("weight", weight.t(), "KN"), x.dtype).view_as(x)
-            known = known | how.known("gradient", gradient)
-        weight_gradient = partial(how.weight_gradient, **known)
+            scales = scales | how.scales("gradient", gradient)
+        weight_gradient = partial(how.weight_gradient, **scales)
         if deferred is not None and deferred.waiting is not None:
             deferred.keep(ctx.weight, x, grad_y, weight_gradient)
         else:

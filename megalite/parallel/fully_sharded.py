@@ -112,6 +112,8 @@ class ShardedGradients(Gradients):
     `of` and `full` give a rank's rows, which is its part of a sharded parameter.
     """
 
+    lent = True  # to FSDP2
+
     def __init__(
         self, stages: Sequence[nn.Module], comm: Communicator, precision: Precision, bucket_bytes: float
     ) -> None:
@@ -149,7 +151,7 @@ class ShardedGradients(Gradients):
             yield
 
     def _reduced(self, rows: nn.Parameter, _: torch.Tensor) -> None:
-        self._arrived(rows)
+        self._count(self._slots[rows][0], rows)
 
 
 def _sharded(stage: nn.Module) -> FSDPModule:

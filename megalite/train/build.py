@@ -180,7 +180,8 @@ def rank_share(config: Config, mesh: Mesh, stages: Sequence[Transformer], made: 
     in_flight = peak(made.rows[mesh.index("pp")], Kind.W)
     experts = sum(size for p, size in parameters.items() if "ep" in declaration(p).shard)
     last, replicas = any(s.last for s in stages), mesh.size("dp", "cp")
-    return Share(sum(parameters.values()), layers * in_flight, last, replicas, experts, mesh.size("edp"))
+    held, kept_layers, microbatches = sum(parameters.values()), layers * in_flight, made.microbatches
+    return Share(held, kept_layers, last, replicas, experts, mesh.size("edp"), microbatches)
 
 
 def describe_layout(config: Config, mesh: Mesh, made: schedule.Schedule) -> str:

@@ -1,13 +1,14 @@
 """How much memory a training process will need, by arithmetic alone: said before the first allocation can fail.
 
-Counts what is alive at the peak, which is the moment the loss has run and backward begins: weights, gradients,
-optimizer state, every layer's kept activations, and the largest transient. Follows the ops of megalite_kernels; a test
+Counts what is alive at the peak, which is the moment the last microbatch's loss has run and its backward begins:
+weights, gradients of the microbatches before, optimizer state, every layer's kept activations, and the largest
+transient; or the end of backward, where gradients alone take more. Follows the ops of megalite_kernels; a test
 compares the activation part with what autograd really keeps.
 """
 
 import ctypes
 import resource
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,7 +41,7 @@ SPANS = 8
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process."""
+    """Bytes of one process. `late`: gradients take none of them until backward gives activations' back."""
 
     weights: float
     gradients: float
@@ -48,17 +49,21 @@ class Memory:
     activations: float
     transient: float
     process: float = 0.0
+    late: bool = False
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, part.name) for part in fields(self))
+        passing = self.activations + self.transient
+        step = max(self.gradients, passing) if self.late else self.gradients + passing
+        return self.weights + self.optimizer + self.process + step
 
 
 @dataclass(frozen=True)
 class Share:
     """What one rank has of a job: `parameters` of its stages; `kept_layers`: blocks (those of multi-token modules too)
     whose activations wait for backward at once, summed over microbatches in flight; `last`: whether it computes the
-    loss; `replicas`: ranks that ZeRO shares over; `experts` of the parameters have replicas of their own."""
+    loss; `replicas`: ranks that ZeRO shares over; `experts` of the parameters have replicas of their own;
+    `microbatches` of a step."""
 
     parameters: int
     kept_layers: float
@@ -66,6 +71,7 @@ class Share:
     replicas: int = 1
     experts: int = 0
     expert_replicas: int = 1
+    microbatches: int = 1
 
     def left(self, shared: bool) -> float:
         """Parameters of which this rank keeps something that ZeRO has `shared` out, or not."""
@@ -77,7 +83,9 @@ class Share:
 def whole(config: Config, vocab: int) -> Share:
     """The share of a process that holds the whole model."""
     positions = config.model.max_positions or config.data.sequence_length
-    return Share(parameter_counts(config.model, vocab, positions).total, config.model.layers + config.model.mtp)
+    microbatches = config.train.global_batch // config.train.micro_batch
+    parameters, layers = parameter_counts(config.model, vocab, positions).total, config.model.layers + config.model.mtp
+    return Share(parameters, layers, microbatches=microbatches)
 
 
 def predict(
@@ -119,6 +127,7 @@ def predict(
         activations=tokens * (kept + ends),
         transient=_transient(config, -(-vocab // parallel.tp), tokens, compute, share.last, device == "cuda"),
         process=PROCESS_BYTES.get(device, 0.0) + COMPILER_BYTES * (compiler and device == "cpu"),
+        late=share.microbatches == 1 and parallel.zero < 2 and config.train.deterministic != "layout",
     )
 
 

@@ -97,10 +97,13 @@ class WatchedLinear(Watched):
             self._forward(kept)
             y.register_hook(lambda gradient: self._backward(kept, gradient.flatten(0, -2)))
 
+    def _fp8(self) -> Fp8 | None:
+        assert not isinstance(self.module.fp8, Fp4), "log.statistics knows no nvfp4"
+        return self.module.fp8
+
     @torch.no_grad()
     def _forward(self, x_MK: Tensor) -> None:
-        weight, fp8 = self.module.weight.detach(), self.module.fp8
-        assert not isinstance(fp8, Fp4), "log.statistics knows no nvfp4"
+        weight, fp8 = self.module.weight.detach(), self._fp8()
         a = b = None
         if fp8 is None:
             made = linear(x_MK, weight)
@@ -113,8 +116,7 @@ class WatchedLinear(Watched):
 
     @torch.no_grad()
     def _backward(self, x_MK: Tensor, dy_MN: Tensor) -> None:
-        weight, fp8 = self.module.weight.detach(), self.module.fp8
-        assert not isinstance(fp8, Fp4), "log.statistics knows no nvfp4"
+        weight, fp8 = self.module.weight.detach(), self._fp8()
         gradient = None
         if fp8 is None:
             dx, dw = linear(dy_MN, weight.t()), weight_gradient(x_MK, dy_MN, weight.dtype)

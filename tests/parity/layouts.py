@@ -321,7 +321,7 @@ def parts(
 ) -> dict[str, tuple[Any, ...]]:
     """name -> (logical shape, offsets, this rank's part as an array, which crosses a pipe as plain bytes)."""
     return {
-        name: (declared.shape, placement(parameter).offsets, value(parameter).detach().double().numpy().copy())
+        name: (declared.shape, placement(parameter).offsets, value(parameter).detach().double().clone().numpy())
         for name, parameter, declared in declared_parameters(stages)
         if parameter.requires_grad or not trained_only
     }

@@ -11,6 +11,7 @@ import torch
 from megalite.config.load import load_config
 from megalite.model.parallelize import apply_recompute, defer_weights
 from megalite.model.transformer import Transformer
+from megalite.parallel import buckets
 from megalite.parallel.parameter import materialize
 from megalite.precision import PRESETS, Precision
 from megalite.train import build
@@ -99,6 +100,40 @@ def test_what_waits_for_its_weight_gradient_is_counted(overrides: tuple[str, ...
     kept = [tensor.untyped_storage() for _, x, grad_y, _ in deferred.kept[0] for tensor in (x, grad_y)]
     held = sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
     assert least * counted < held < 1.02 * counted
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_take_memory_from_their_arrival_on(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a step of one microbatch never holds all activations and all gradients, and is not predicted to."""
+    monkeypatch.setattr(buckets, "UNSENT", 1)
+    words = tiny_job(
+        f"run.dir={tmp_path / 'run'}", f"precision={precision}", "train.micro_batch=4", "train.global_batch=4"
+    )
+    trainer = Trainer(load_config(*words), callbacks=())
+    gradients = trainer.gradients
+    seen: list[int] = []
+
+    def held() -> int:
+        return sum(buffer.whole.untyped_storage().nbytes() for buffer in gradients._buffers if buffer.whole is not None)
+
+    def look(_module: object, _inputs: object, output: torch.Tensor) -> None:
+        seen.append(held())
+        output.register_hook(lambda _: seen.append(held()))
+
+    for layer in trainer.stages[0].blocks.values():
+        layer.register_forward_hook(look)
+    for _ in range(2):
+        trainer.train_step()
+        forward, back = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+        seen.clear()
+        assert forward == [0] * len(forward)
+        assert back[0] > 0 and back == sorted(back) and back[-1] < held() == gradients.kept_bytes()
+    alone, several = (
+        predict(load_config(*tiny_job(*words, f"train.global_batch={n}")), VOCAB, PRESETS[precision]) for n in (4, 8)
+    )
+    assert several.total - alone.total == min(alone.gradients, alone.activations + alone.transient) > 0
 
 
 def test_state_is_counted_by_dtype_and_optimizer() -> None:
