@@ -8,6 +8,8 @@ take turns in every round; tokens a second are of processor time, so that other 
 a ratio is taken within a round: above 1 ours is faster. All run with freed memory kept (`tune_allocator`).
 """
 
+import os
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -134,6 +136,9 @@ def race(options: Options, experts: int, top_k: int, dtype: torch.dtype) -> None
 
 def main() -> None:
     options = given(Options, __doc__)
+    # Who wants more memory than there is (batched_mm, a copy of its experts a token) fails alone and at once.
+    most = int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
     torch.set_num_threads(options.threads)
     tune_allocator()
     for precision in options.precision:

@@ -15,6 +15,7 @@ from megalite.parallel.buckets import Slot
 from megalite.parallel.data import Piece
 from megalite.parallel.parameter import Declaration, Placement
 from megalite.parallel.random import random_bits
+from megalite.parallel.fp8 import WeightFactors
 from megalite.precision import PRESETS
 from megalite.train.memory import predict
 from tests.parity.layouts import Layout, Task, joined, trained
@@ -132,6 +133,25 @@ def test_bytes_of_a_parameter(name: str, states: str, bytes: float, tmp_path: Pa
     memory = predict(trainer.config, trainer.vocab, trainer.precision)
     assert memory.weights + memory.gradients + memory.optimizer == bytes * elements
     assert bytes_kept == pytest.approx(bytes * elements, rel=0.01)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "rowwise", "blockwise", "mxfp8"])
+def test_bytes_of_weights_in_fp8(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a step there are as many codes as predicted: each matrix of the blocks, and its transpose."""
+    codes, end = [], WeightFactors.end
+
+    def counted(self: WeightFactors) -> None:
+        codes.extend(factor.codes.nbytes for made in (self.kept or {}).values() for factor in made)
+        end(self)
+
+    monkeypatch.setattr(WeightFactors, "end", counted)
+    words = f"precision.fp8={recipe}", f"run.dir={tmp_path}", "train.dry_run=false", "precision.name=bf16"
+    trainer = Trainer(load_config(*tiny_job(*words, "model.hidden=64", "model.ffn=128")), [])
+    trainer.train_step()
+    plain = replace(trainer.config, precision=replace(trainer.config.precision, fp8="none"))
+    narrow, wide = (predict(config, trainer.vocab, trainer.precision) for config in (trainer.config, plain))
+    assert narrow.weights - wide.weights == pytest.approx(sum(codes), rel=1e-9) and codes
+    assert narrow.total - wide.total == pytest.approx(sum(codes), rel=1e-6)
 
 
 def test_presets_say_what_they_keep() -> None:
