@@ -7,6 +7,8 @@ import torch
 BUDGET_SECONDS = 0.3
 TRIES = 3
 """Runs of each size, the fastest of which counts: the first one allocates, and other processes may disturb one."""
+FASTER = 1.05
+"""A size twice as large that does not gain so much is the last."""
 LARGEST = {"cpu": 2048, "cuda": 8192}
 
 
@@ -23,7 +25,8 @@ def measured_matmul_peak(device: torch.device, dtype: torch.dtype, threads: int 
 def matmul_rate(device: torch.device, dtype: torch.dtype, threads: int = 0) -> float:
     """FLOP/s of the best square product in `dtype` found in about 0.3 s.
 
-    Sizes double as long as the next is expected to fit the time that is left, so slow types stay within it too.
+    Sizes double while that is faster and the next is expected to fit the time that is left, so slow types stay within
+    it too, and what training will need is not taken before.
     """
     threads_before = torch.get_num_threads()
     if threads and device.type == "cpu":
@@ -42,8 +45,10 @@ def _best_rate(device: torch.device, dtype: torch.dtype) -> float:
         left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(left)
         seconds = min(_seconds(left, right, out) for _ in range(TRIES))
-        best = max(best, 2 * size**3 / seconds)
+        before, best = best, max(best, 2 * size**3 / seconds)
         now = time.perf_counter()
+        if best < FASTER * before:
+            return best
         if size < LARGEST.get(device.type, 4096) and now + 8 * TRIES * seconds < deadline:
             size *= 2
         elif now + TRIES * seconds >= deadline:
