@@ -13,9 +13,9 @@ from megalite.optim.slabs import slabs
 from megalite.optim.stochastic import round_stochastically
 from megalite.parallel.buckets import Slot
 from megalite.parallel.data import Piece
+from megalite.parallel.fp8 import WeightFactors
 from megalite.parallel.parameter import Declaration, Placement
 from megalite.parallel.random import random_bits
-from megalite.parallel.fp8 import WeightFactors
 from megalite.precision import PRESETS
 from megalite.train.memory import predict
 from tests.parity.layouts import Layout, Task, joined, trained
