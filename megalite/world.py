@@ -5,6 +5,7 @@ import datetime
 import os
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -94,6 +95,7 @@ def end(code: int) -> NoReturn:
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(BrokenPipeError):  # the reader of our output has left
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

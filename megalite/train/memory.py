@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from megalite_kernels.capability import emulate_bf16_on_cpu
 from megalite_kernels.loss import CHUNK_LOGITS, CHUNK_ROWS, GPU_CHUNK_LOGITS
 
 from megalite.config.schema import Config, ModelConfig
@@ -34,6 +35,9 @@ COMPILER_BYTES = 0.15e9 + (0.073e9 if find_spec("triton") else 0.0)
 """PyTorch's compiler, with Triton where it is installed: train.compile takes it, and so does FSDP2."""
 PROCESS_BYTES = {"cpu": 0.365e9, "cuda": 0.0}
 """Interpreter, libraries and allocator reserve of a CPU process (resident after imports); CUDA counts tensors alone."""
+
+PRODUCTS_BYTES = 0.3e9
+"""Half-precision products that oneDNN has compiled and keeps, up to 1,024, where experts make their sizes many."""
 
 SPANS = 8
 """Bytes a token: the first and the last key that its query sees."""
@@ -118,6 +122,8 @@ def predict(
     if share.last:
         kept += model.mtp * _module_kept(model, compute.itemsize, parallel.tp if parallel.sp else 1)
     compiler = config.train.compile or shards_weights
+    native = compute.itemsize == 2 and config.precision.fp8 == "none" and not emulate_bf16_on_cpu()
+    products = PRODUCTS_BYTES * (device == "cpu" and moe_layers(model) > 0 and native)
     in_fp8 = _fp8_copies(config) * (counts.matrices + counts.experts) / counts.total
     held = weights * main.itemsize if shards_weights else share.parameters * (compute.itemsize + in_fp8)
     return Memory(
@@ -126,7 +132,7 @@ def predict(
         optimizer=states * (copies * (not shards_weights) + moments),
         activations=tokens * (kept + ends),
         transient=_transient(config, -(-vocab // parallel.tp), tokens, compute, share.last, device == "cuda"),
-        process=PROCESS_BYTES.get(device, 0.0) + COMPILER_BYTES * (compiler and device == "cpu"),
+        process=PROCESS_BYTES.get(device, 0.0) + COMPILER_BYTES * (compiler and device == "cpu") + products,
         late=share.microbatches == 1 and parallel.zero < 2 and config.train.deterministic != "layout",
     )
 
