@@ -61,7 +61,7 @@ def _spread(x_ND: Tensor, inverse_NK: Tensor, rows: int) -> Tensor:
     """A copy of its token's row at every slot's place; zeros where there is none."""
     out = _for_slots(x_ND, inverse_NK, rows)
     if native.usable(x_ND) and native.plain(inverse_NK):
-        native.moe_spread(x_ND.contiguous(), inverse_NK, out)
+        native.moe_spread(x_ND.contiguous(), inverse_NK.contiguous(), out)
         return out
     taken = inverse_NK >= 0
     out[inverse_NK[taken].long()] = x_ND.repeat_interleave(taken.sum(1), dim=0)

@@ -233,6 +233,9 @@ def check_permutation(
     back = moe_unpermute(rows, inverse, here / here.sum(1, keepdim=True).clamp(min=1), backend=backend)
     rtol = 1e-6 if dtype.itemsize > 2 else 2**-8
     torch.testing.assert_close(back, x * here.any(1, keepdim=True), rtol=rtol, atol=1e-7)
+    turned = rows.clone().requires_grad_()  # places that do not lie side by side
+    moe_unpermute(turned, inverse.t().contiguous().t(), backend=backend).backward(x)
+    assert torch.equal(turned.grad[taken], rows[taken]) and not turned.grad[unused].any()
     again = moe_permute(x, indices, experts, **how)
     assert all(torch.equal(a, b) for a, b in zip(again, (rows, offsets, inverse), strict=True))
 
