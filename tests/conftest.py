@@ -14,6 +14,11 @@ settings.register_profile("house", deadline=None, derandomize=True, suppress_hea
 settings.load_profile("house")
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are named by their size: what is compressed may hold the time, and every worker must collect the same names."""
+    return f"{argname}{len(val)}" if isinstance(val, bytes) else None
+
+
 class Answer(NamedTuple):
     """What a command gave back."""
 
