@@ -15,7 +15,7 @@ settings.load_profile("house")
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Bytes are named by their size: what is compressed may hold the time, and every worker must collect the same names."""
+    """Bytes are named by their size: compressed ones may hold the time, and all workers must collect the same names."""
     return f"{argname}{len(val)}" if isinstance(val, bytes) else None
 
 
