@@ -11,6 +11,7 @@ from megalite_kernels.explain import decision, explain
 from megalite_kernels.fp8 import dequantize_fp8, fp8_amax, fp8_scale, quantize_fp8, scaled_mm
 from megalite_kernels.linear import linear, weight_gradient
 from megalite_kernels.loss import linear_cross_entropy, vocabulary_parallel_cross_entropy
+from megalite_kernels.mixed import accumulate
 from megalite_kernels.moe import grouped_gemm, moe_permute, moe_route, moe_unpermute
 from megalite_kernels.moe_cpu import multiple_of_rows
 from megalite_kernels.norm import layer_norm, rms_norm
@@ -20,6 +21,7 @@ from megalite_kernels.rope import apply_rope
 
 __all__ = [
     "IGNORE_INDEX",
+    "accumulate",
     "adamw_step",
     "apply_rope",
     "attention",

@@ -17,6 +17,7 @@ from megalite_kernels import native, reference
 from megalite_kernels.capability import compiled_kernels, emulate_bf16_on_cpu
 from megalite_kernels.custom_op import custom_op
 from megalite_kernels.dispatch import choose
+from megalite_kernels.mixed import accumulate, scaled
 from megalite_kernels.reference import IGNORE_INDEX, accumulation_dtype
 
 CHUNK_LOGITS = 1 << 21
@@ -205,7 +206,7 @@ def _pass(
         if weight_grad and product == wide:
             grad_weight.addmm_(gradient.T, hidden)
         elif weight_grad:
-            grad_weight += gradient.T @ hidden
+            accumulate(grad_weight, gradient.T @ hidden)
     return nll_sum, z_sum, grad_hidden, grad_weight
 
 
@@ -318,9 +319,7 @@ def _backward(
         _, _, grad_hidden, grad_weight = _pass(
             hidden_ND, weight_VD, targets_N, weights, softcap, ignore_index, hidden_grad, weight_grad, rows, shard
         )
-    scaled = ((grad_hidden, hidden_ND), (grad_weight, weight_VD))
-    hidden, weight = (torch.mul(grad, factor, out=torch.empty_like(grad, dtype=like.dtype)) for grad, like in scaled)
-    return hidden, weight
+    return scaled(grad_hidden, factor, hidden_ND.dtype), scaled(grad_weight, factor, weight_VD.dtype)
 
 
 @custom_op("megalite::linear_cross_entropy", mutates_args=())

@@ -248,7 +248,7 @@ class PrecisionConfig:
 class RecomputeConfig:
     mode: str = key(
         "activation",
-        "What backward computes again instead of keeping: the MLP's activation function; with attention; whole blocks.",
+        "What backward computes again instead of keeping: norms and the MLP's activation function; with attention; whole blocks.",
         choices=("none", "activation", "selective", "full"),
     )
     layers: int = key(1, "Recompute in every n-th layer; 1: in all.", minimum=1)

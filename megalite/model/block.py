@@ -31,5 +31,5 @@ class Block(nn.Module):
         return self.keeping.run(self.sublayers, x, context)
 
     def sublayers(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), context))
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x), context))
+        x = x + self.attention_post_norm(self.keeping.normed(self.attention_norm, self.attention, x, context))
+        return x + self.mlp_post_norm(self.keeping.normed(self.mlp_norm, self.mlp, x, context))

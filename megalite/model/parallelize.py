@@ -148,15 +148,16 @@ def apply_kernels(model: nn.Module, backend: str) -> None:
 def apply_recompute(model: Transformer, recompute: RecomputeConfig) -> None:
     """Chooses what backward computes again instead of keeping, in every n-th layer, and what waits in host memory.
 
-    "activation": the output of the MLP's activation function, the cheapest memory there is. "selective": attention
-    probabilities too; no weight matmul runs twice but the last of the experts'. "full": whole blocks; only their inputs
-    are kept. Every mode gives the same bits.
+    "activation": what the norms and the MLP's activation function give, the cheapest memory there is (norms not where
+    everything waits in host memory). "selective": attention probabilities too; no weight matmul runs twice but the last
+    of the experts'. "full": whole blocks; only their inputs are kept. Every mode gives the same bits.
     """
     mode = recompute.mode
     assert mode in ("none", "activation", "selective", "full"), mode
     for layer, block in model.layers.items():
         chosen = layer % recompute.layers == 0
         block.keeping.again = chosen and mode == "full"
+        block.keeping.norms = chosen and mode in ("activation", "selective") and not recompute.offload
         block.keeping.offload = recompute.offload
         block.attention.recompute = chosen and mode == "selective"
         block.mlp.recompute = chosen and mode in ("activation", "selective")

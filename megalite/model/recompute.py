@@ -13,11 +13,25 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Keeping:
-    """How a block keeps what its backward pass needs. `again`: only its input, the rest is computed again. `offload`:
-    everything in host memory."""
+    """How a block keeps what its backward pass needs. `again`: only its input, the rest is computed again; `norms`: all
+    but what the norms before its sublayers give. `offload`: everything in host memory."""
 
     again: bool = False
+    norms: bool = False
     offload: bool = False
+
+    def normed(self, norm: nn.Module, sublayer: nn.Module, x: Tensor, *more: Any) -> Tensor:
+        """sublayer(norm(x), *more)."""
+        y = norm(x)
+        drops = self.norms and y is not x and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if not drops:
+            result: Tensor = sublayer(y, *more)
+            return result
+        dropped = _Dropped(norm, x, y)
+        with saved_tensors_hooks(dropped.pack, dropped.unpack):
+            result = sublayer(y, *more)
+        dropped.y = None
+        return result
 
     def run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         with HostMemory() if self.offload and torch.is_grad_enabled() else nullcontext():
@@ -98,6 +112,35 @@ class _Given(torch.autograd.Function):
     def forward(ctx: Any, tie: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         return tie.new_empty(0)
+
+
+class _Dropped:
+    """y = norm(x), of which those who save it keep only how they see it: backward makes y anew, from x, which the norm
+    keeps. Hooks around these see nothing that is saved inside."""
+
+    def __init__(self, norm: nn.Module, x: Tensor, y: Tensor) -> None:
+        self.norm, self.x = norm, x.detach()
+        self.y: Tensor | None = y.detach()
+        self.waiting = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        if self.y is not None and tensor.untyped_storage().data_ptr() == self.y.untyped_storage().data_ptr():
+            self.waiting += 1
+            return tensor.shape, tensor.stride(), tensor.storage_offset()
+        # Detached, or a node that saves its own output would hold itself.
+        return tensor if tensor.is_leaf else tensor.detach()
+
+    def unpack(self, kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        if self.y is None:
+            with torch.no_grad():
+                self.y = self.norm.forward(self.x)
+        seen = self.y.as_strided(*kept)
+        self.waiting -= 1
+        if self.waiting <= 0:
+            self.y = None
+        return seen
 
 
 class HostMemory(saved_tensors_hooks):

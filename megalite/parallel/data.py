@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from weakref import WeakMethod
 
 import torch
+from megalite_kernels import accumulate
 from torch import nn
 
 from megalite.comm import Communicator, Handle
@@ -266,7 +267,7 @@ class Gradients:
         """A gradient that was computed outside of autograd; counts like one that backward brings."""
         buffer, slot = self._slots[parameter]
         self._open(buffer.bucket.chunks[0] if self._chunk is None else self._chunk)
-        buffer.view(slot).add_(gradient)
+        accumulate(buffer.view(slot), gradient)
         self._count(buffer, parameter)
 
     def _arrived(self, parameter: nn.Parameter) -> None:

@@ -147,8 +147,8 @@ def _fp8_copies(config: Config) -> float:
 def kept_per_token(model: ModelConfig, size: int, recompute: str, tp: int = 1, sp: bool = False, etp: int = 1) -> float:
     """Bytes that one layer keeps for backward, a token; `size`: bytes of an activation element.
 
-    The residual stream before each sublayer, each projection's input, queries, keys and values after RoPE, the MLP's
-    inner values; float32 statistics of norms and attention.
+    The residual stream before each sublayer, each projection's input (unless norms give it again), queries, keys and
+    values after RoPE, the MLP's inner values; float32 statistics of norms and attention.
     """
     hidden, stream = model.hidden, model.hidden / (tp if sp else 1)  # the residual stream is spread with sp only
     again = recompute in ("activation", "selective")
@@ -159,6 +159,8 @@ def kept_per_token(model: ModelConfig, size: int, recompute: str, tp: int = 1, s
     statistics = 8 if model.norm == "layernorm" else 4
     elements, other = (_latent_attention_kept if latent(model) else _attention_kept)(model, tp, tp if sp else 1)
     elements += hidden + 2 * stream * (before + after)  # the MLP's input; a norm keeps its own
+    if again and before and stream == hidden:  # both sublayers' inputs, which the norms give again
+        elements -= 2 * hidden
     other += 2 * statistics * (before + after) + SPANS
     sparse = moe_layers(model) / model.layers
     inner = (1 - sparse) * _mlp_kept(model, model.ffn, again) / tp

@@ -1,12 +1,18 @@
 """Predicted memory against what autograd keeps, and against what a training process is seen to need."""
 
+import gc
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megalite.config.load import load_config
 from megalite.model.parallelize import apply_recompute, defer_weights
@@ -25,6 +31,27 @@ SMALL = ("model.layers=3", "model.hidden=64", "model.heads=4", "model.ffn=96", "
 VOCAB = 211
 
 
+class Made(TorchDispatchMode):
+    """Every storage made inside, and how many bytes of them are still alive; `given` are views of something else."""
+
+    def __init__(self, given: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.given = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.storages: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.given:
+                    self.storages[StorageWeakRef(storage)] = storage.nbytes()
+        return result
+
+    def alive_bytes(self) -> int:
+        return sum(nbytes for storage, nbytes in self.storages.items() if not storage.expired())
+
+
 def kept_bytes(*overrides: str, precision: Precision) -> tuple[float, float]:
     """(kept for backward by autograd beyond parameters and the loss's own gradients, predicted)."""
     config = load_config(*SMALL, *overrides)
@@ -32,22 +59,17 @@ def kept_bytes(*overrides: str, precision: Precision) -> tuple[float, float]:
         model = Transformer(config.model, VOCAB, config.data.sequence_length)
     materialize(model, torch.device("cpu"), seed=0, dtype=precision.compute)
     apply_recompute(model, config.recompute)  # type: ignore[arg-type]
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     shape = (config.train.micro_batch, config.data.sequence_length)
     tokens = torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(0))
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.no_grad(), Made([*model.parameters(), tokens]) as own:  # made once: tables of positions
+        model.loss(tokens, tokens, ahead=True)
+    with Made([*model.parameters(), tokens]) as made:
         losses = model.loss(tokens, tokens, ahead=True)
+    gc.collect()
+    kept = made.alive_bytes() - own.alive_bytes() + 2 * tokens.nbytes  # as tokens and as targets
     assert losses.nll_sum.requires_grad
     loss_gradients = (1 + config.model.mtp) * (tokens.numel() + VOCAB) * config.model.hidden * 4
-    return sum(kept.values()) - loss_gradients, predict(config, VOCAB, precision).activations
+    return kept - loss_gradients, predict(config, VOCAB, precision).activations
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megalite import Trainer, load_config
 from megalite.model import recompute
+from megalite.model.norm import RMSNorm
 from megalite.model.recompute import HostMemory, Keeping
 from tests.tiny_job import tiny_job
 
@@ -71,21 +72,77 @@ def test_another_course_is_noticed() -> None:
         y.backward()
 
 
+def normed(norms: bool, sublayer: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    norm = RMSNorm(4, 1e-5)
+    torch.nn.init.constant_(norm.weight, 1.5)
+    keeping = Keeping(norms=norms)
+    return lambda x, w: x + keeping.normed(norm, sublayer, x, w)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "sublayer",
+    [
+        lambda y, w: y @ w,
+        lambda y, w: (y @ w).exp() * y.sigmoid() + y[1:3].T.contiguous().square().sum(),
+        lambda y, w: recompute.run(True, inner, y, w, 2) + y @ w.T,
+        lambda y, w: w.clone(),
+    ],
+)
+def test_what_a_norm_gives_is_made_again(sublayer: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever reads it, and through whichever view: the same bits, once in a backward, and nothing left."""
+    made = 0
+    forward = RMSNorm.forward
+
+    def counted(self: RMSNorm, x: Tensor) -> Tensor:
+        nonlocal made
+        made += 1
+        return forward(self, x)
+
+    plain = gradients(normed(False, sublayer))
+    monkeypatch.setattr(RMSNorm, "forward", counted)
+    again = gradients(normed(True, sublayer))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert made <= 2
+
+
+def test_a_norms_output_is_gone_after_its_sublayer_and_after_backward() -> None:
+    seen: list[weakref.ref[Tensor]] = []
+
+    def sublayer(y: Tensor, w: Tensor) -> Tensor:
+        seen.append(weakref.ref(y))
+        return y @ w
+
+    x, w = (torch.ones(4, 4, requires_grad=True) for _ in range(2))
+    y = normed(True, sublayer)(x, w).sum()
+    assert seen[0]() is None
+    first, second = (torch.autograd.grad(y, w, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.count_nonzero() == 16
+
+
 @pytest.mark.parametrize("mode", ["activation", "selective", "full"])
 @pytest.mark.parametrize("experts", [0, 4])
 def test_nothing_is_left_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, experts: int) -> None:
     """Garbage collection cannot see a node of autograd that holds its own output."""
     alive: list[weakref.ref[Any]] = []
-    begin = recompute._ComputedAgain.__init__
 
-    def noted(self: Any, *arguments: Any) -> None:
-        begin(self, *arguments)
-        alive.append(weakref.ref(self))
+    def note(kind: Any) -> None:
+        begin = kind.__init__
 
-    monkeypatch.setattr(recompute._ComputedAgain, "__init__", noted)
+        def noted(self: Any, *arguments: Any) -> None:
+            begin(self, *arguments)
+            alive.append(weakref.ref(self))
+
+        monkeypatch.setattr(kind, "__init__", noted)
+
+    note(recompute._ComputedAgain)
+    note(recompute._Dropped)
+    gc.collect()
+    gc.disable()
     words = [f"recompute={mode}", f"run.dir={tmp_path}", "train.steps=1", "checkpoint.every=null", "precision=fp32"]
     words += [f"model.moe.experts={experts}"] if experts else []
     trainer = Trainer(load_config(*tiny_job(*words)), callbacks=[])
-    trainer.train_step()
-    gc.collect()
+    try:
+        trainer.train_step()
+    finally:
+        gc.enable()
     assert alive and not [frame for frame in alive if frame() is not None]
