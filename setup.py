@@ -31,7 +31,7 @@ setup(
     package_data={
         "megalite": ["py.typed"],
         "megalite.configs": ["*.yaml", "*/*.yaml"],
-        "megalite_kernels": ["**/*.c", "**/*.h", "**/*.json", "py.typed"],
+        "megalite_kernels": ["**/*.c", "**/*.cpp", "**/*.h", "**/*.json", "py.typed"],
     },
     install_requires=[
         "torch>=2.13",

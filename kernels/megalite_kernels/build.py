@@ -1,4 +1,5 @@
-"""Compiles the C sources of `native/` once on this machine and loads them: the CPU kernels behind the fast paths.
+"""Compiles the sources of `native/` once on this machine and loads them: the CPU kernels behind the fast paths, in C,
+and PyTorch's allocator, in C++.
 
 The library lies in the user's cache folder, named after everything that decides its contents (sources, compiler,
 flags, processor), so a changed machine or source builds anew. It is built beside its place and renamed, so any
@@ -22,6 +23,9 @@ SOURCES = ("attention.c", "fp8.c", "moe.c", "rows.c")
 HEADERS = ("simd.h",)
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("gcc", "cc", "clang")
+ALLOCATOR = "allocator.cpp"
+ALLOCATOR_FLAGS = ("-std=gnu++20", "-O2", "-fPIC")
+ALLOCATOR_COMPILERS = ("g++", "c++", "clang++")
 TIMEOUT_S = 120
 
 
@@ -42,15 +46,46 @@ def library() -> Library:
         return Library(None, f"no C compiler ({', '.join(COMPILERS)}) on the PATH")
     folder = Path(__file__).parent / "native"
     try:
-        version = _run(compiler, "--version").splitlines()[0]
+        version = _version(compiler)
         openmp = _torch_openmp() if "clang" not in version else None
         path = _cache_folder() / f"kernels-{_digest(folder, version, openmp)}.so"
         if not path.exists():
             _compile(compiler, folder, path, openmp)
         return Library(ctypes.CDLL(str(path)), f"compiled by {Path(compiler).name}", threaded=openmp is not None)
     except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        return Library(None, f"{compiler} failed: {detail.strip().splitlines()[-1] if detail.strip() else error!r}")
+        return Library(None, _why(compiler, error))
+
+
+@functools.cache
+def allocator() -> Library:
+    """`reuse_whole_blocks`, which changes PyTorch's allocator; compiled against the headers that come with it."""
+    compiler = next((found for name in ALLOCATOR_COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        return Library(None, f"no C++ compiler ({', '.join(ALLOCATOR_COMPILERS)}) on the PATH")
+    source, home = Path(__file__).parent / "native" / ALLOCATOR, Path(torch.__file__).parent
+    flags = (*ALLOCATOR_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={torch._C._GLIBCXX_USE_CXX11_ABI:d}")
+    try:
+        hasher = hashlib.blake2b(source.read_bytes(), digest_size=12)
+        hasher.update("\0".join((_version(compiler), *flags, torch.__version__, platform.platform())).encode())
+        path = _cache_folder() / f"allocator-{hasher.hexdigest()}.so"
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+                built = str(Path(scratch) / "allocator.so")
+                where = (f"-I{home / 'include'}", str(source), f"-L{home / 'lib'}", "-lc10")
+                _run(compiler, *flags, "-shared", "-o", built, *where)
+                os.replace(built, path)
+        return Library(ctypes.CDLL(str(path)), f"compiled by {Path(compiler).name}")
+    except (OSError, subprocess.SubprocessError) as error:
+        return Library(None, _why(compiler, error))
+
+
+def _why(compiler: str, error: Exception) -> str:
+    detail = getattr(error, "stderr", None) or str(error)
+    return f"{compiler} failed: {detail.strip().splitlines()[-1] if detail.strip() else error!r}"
+
+
+def _version(compiler: str) -> str:
+    return _run(compiler, "--version").splitlines()[0]
 
 
 def _run(*command: str) -> str:
