@@ -46,6 +46,9 @@ class DeepSpeedGradients(Gradients):
         self.comm, self.compute, self.dtype = comm, precision.compute, torch.float32
         self.zero_level = config.parallel.zero
         self.deepspeed = import_deepspeed(next(stage.parameters()).device)
+        if self.zero_level == 3:  # norms give nothing again: their weights are there in calls of theirs alone
+            for block in stage.layers.values():
+                block.keeping.norms = False
         self.parameters = list(declared_parameters(stage))
         self.engine, *_ = self.deepspeed.initialize(
             model=_Loss(stage, self.deepspeed if config.parallel.zero == 3 else None),
