@@ -1,6 +1,7 @@
 """Joining the job: which process this is, its device, and the process group that all meshes are cut from."""
 
 import atexit
+import ctypes
 import datetime
 import os
 import sys
@@ -88,14 +89,18 @@ def leave() -> None:
 
 
 def end(code: int) -> NoReturn:
-    """End this process as the interpreter would, but leave it standing while the process dies.
+    """End this process as the interpreter would, but leave it standing while the process dies (what C libraries have
+    registered with atexit is not called).
 
     gloo's threads let go of their last tensors when they get to it, and one that asks an interpreter which is being
     torn down for its lock aborts the process after all its work is done (torch 2.13, pytorch/pytorch#190489).
     """
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    with suppress(BrokenPipeError):  # the reader of our output has left
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # its reader has left, or it is full, closed or missing
+                stream.flush()
+        ctypes.CDLL(None).fflush(None)  # what C libraries have printed
+    finally:
+        os._exit(code)

@@ -71,7 +71,7 @@ def _spread(x_ND: Tensor, inverse_NK: Tensor, rows: int) -> Tensor:
 def _for_slots(x_ND: Tensor, inverse_NK: Tensor, rows: int) -> Tensor:
     """Room for `rows` like x's; set to zero where no slot will write."""
     every = rows == inverse_NK.numel() and (not rows or int(inverse_NK.min()) >= 0)
-    return (torch.empty if every else torch.zeros)(rows, x_ND.shape[1], dtype=x_ND.dtype)
+    return (x_ND.new_empty if every else x_ND.new_zeros)(rows, x_ND.shape[1])
 
 
 @custom_op("megalite::cpu_moe_unpermute", mutates_args=())

@@ -159,19 +159,22 @@ def _shard(logits_NV: Tensor, targets_N: Tensor, first: int, ignore_index: int) 
 def moe_places(indices_NK: Tensor, experts: int, pad_to: int) -> tuple[Tensor, Tensor]:
     """(offsets [E + 1], place of each slot [N, K]), int32, of int64 experts."""
     assert indices_NK.dtype == torch.int64
-    offsets, place = torch.empty(experts + 1, dtype=torch.int32), torch.empty(indices_NK.shape, dtype=torch.int32)
+    offsets = indices_NK.new_empty(experts + 1, dtype=torch.int32)
+    place = torch.empty_like(indices_NK, dtype=torch.int32)
     sizes = map(c_long, (indices_NK.numel(), experts, pad_to))
     _call("moe_places", *sizes, *map(_pointer, (indices_NK, offsets, place)))
     return offsets, place
 
 
 def moe_spread(x_ND: Tensor, place_NK: Tensor, rows_MD: Tensor) -> None:
-    """Every slot's row becomes its token's x; `place`: int32, -1 without a row."""
+    """Every slot's row becomes its token's x; `place`: int32, -1 without one. IndexError for a row that is not there."""
+    _within(place_NK, rows_MD)
     _call("moe_spread", *_slots(x_ND, place_NK), *map(_pointer, (x_ND, place_NK, rows_MD)))
 
 
 def moe_sum(rows_MD: Tensor, place_NK: Tensor, probs_NK: Tensor | None) -> Tensor:
     """[N, D]: the sum of a token's rows, in the order of its slots, times float32 probabilities."""
+    _within(place_NK, rows_MD)
     y = rows_MD.new_empty(len(place_NK), rows_MD.shape[1])
     probs = c_void_p(None) if probs_NK is None else _pointer(probs_NK)
     _call("moe_sum", *_slots(rows_MD, place_NK), _pointer(rows_MD), _pointer(place_NK), probs, _pointer(y))
@@ -180,10 +183,17 @@ def moe_sum(rows_MD: Tensor, place_NK: Tensor, probs_NK: Tensor | None) -> Tenso
 
 def moe_sum_backward(grad_ND: Tensor, place_NK: Tensor, probs_NK: Tensor, rows_MD: Tensor, grad_MD: Tensor) -> Tensor:
     """Gradient of the probabilities [N, K]; that of the rows is written into `grad_MD` where a slot has one."""
+    _within(place_NK, rows_MD)
+    _within(place_NK, grad_MD)
     grad_probs = torch.empty_like(probs_NK)
     pointers = map(_pointer, (grad_ND, place_NK, probs_NK, rows_MD, grad_MD, grad_probs))
     _call("moe_sum_backward", *_slots(grad_ND, place_NK), *pointers)
     return grad_probs
+
+
+def _within(place_NK: Tensor, rows_MD: Tensor) -> None:
+    if int(place_NK.max()) >= len(rows_MD):
+        raise IndexError(f"moe: a slot's row is {int(place_NK.max())}, of {len(rows_MD)}")
 
 
 def _slots(x: Tensor, place_NK: Tensor) -> tuple[Any, ...]:

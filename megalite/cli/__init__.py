@@ -37,13 +37,23 @@ USER_ERRNOS = {
 
 
 def command() -> NoReturn:
-    """`main` as a process."""
-    code = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """`main` as a process; one rank of several ends by `world.end`, also where it fails."""
+    try:
+        code = main()
+    except Exception:
+        if not _one_of_several():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _one_of_several():
         from megalite.world import end
 
         end(code)
     sys.exit(code)
+
+
+def _one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1") and "torch.distributed" in sys.modules
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -136,6 +136,9 @@ class Optimizer:
 
     def step(self, step: int) -> None:
         """Update from the gradients as they stand, with the learning rate of `step`."""
+        for piece in self.main:  # its memory is gone between zero() and finish(), and reading it would end the process
+            there = piece.gradient.untyped_storage().nbytes() > 0 or not piece.gradient.numel()
+            assert there, f"{piece.slot.name}: no gradient; Gradients.finish comes before step"
         self.wait()
         share = lr_share(self.config, step, self.steps)
         for rule in self.rules:

@@ -18,6 +18,7 @@ from megalite_kernels.loss import CHUNK_LOGITS, CHUNK_ROWS, GPU_CHUNK_LOGITS
 
 from megalite.config.schema import Config, ModelConfig
 from megalite.model.size import (
+    ParameterCounts,
     expert_ffn,
     gated,
     head_dim,
@@ -33,7 +34,7 @@ from megalite.precision import Precision
 
 COMPILER_BYTES = 0.15e9 + (0.073e9 if find_spec("triton") else 0.0)
 """PyTorch's compiler, with Triton where it is installed: train.compile takes it, and so does FSDP2."""
-PROCESS_BYTES = {"cpu": 0.365e9, "cuda": 0.0}
+PROCESS_BYTES = {"cpu": 0.33e9, "cuda": 0.0}
 """Interpreter, libraries and allocator reserve of a CPU process (resident after imports); CUDA counts tensors alone."""
 
 PRODUCTS_BYTES = 0.3e9
@@ -45,7 +46,8 @@ SPANS = 8
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. `late`: gradients take none of them until backward gives activations' back."""
+    """Bytes of one process. `late`: gradients take none of them until backward gives activations' back; `end`: what is
+    there beside all of them, when backward ends or the optimizer runs."""
 
     weights: float
     gradients: float
@@ -54,12 +56,13 @@ class Memory:
     transient: float
     process: float = 0.0
     late: bool = False
+    end: float = 0.0
 
     @property
     def total(self) -> float:
         passing = self.activations + self.transient
-        step = max(self.gradients, passing) if self.late else self.gradients + passing
-        return self.weights + self.optimizer + self.process + step
+        forward = passing if self.late else self.gradients + passing
+        return self.weights + self.optimizer + self.process + max(forward, self.gradients + self.end)
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,23 @@ def predict(
         activations=tokens * (kept + ends),
         transient=_transient(config, -(-vocab // parallel.tp), tokens, compute, share.last, device == "cuda"),
         process=PROCESS_BYTES.get(device, 0.0) + COMPILER_BYTES * (compiler and device == "cpu") + products,
+        end=_end(config, -(-vocab // parallel.tp), tokens, compute, sums * precision.accumulate.itemsize, counts),
         late=share.microbatches == 1 and parallel.zero < 2 and config.train.deterministic != "layout",
     )
+
+
+def _end(
+    config: Config, vocab: int, tokens: int, compute: torch.dtype, gradients: float, counts: ParameterCounts
+) -> float:
+    """The first layer's activations while backward goes through it, then the embedding's gradient before it is added
+    (and the head's before it, where they are one); Muon's momenta and updates of matrices."""
+    model, parallel, mode = config.model, config.parallel, config.recompute.mode
+    layer = tokens * kept_per_token(
+        model, compute.itemsize, "none" if mode == "full" else mode, parallel.tp, parallel.sp, parallel.etp
+    )
+    embedding = (1 + model.tied_embeddings) * vocab * model.hidden * compute.itemsize
+    matrices = (counts.matrices + counts.experts) / counts.total
+    return max(layer, embedding, 2 * gradients * matrices * (config.optim.name == "muon"))
 
 
 def _fp8_copies(config: Config) -> float:

@@ -420,3 +420,13 @@ def test_who_multiplies() -> None:
 def test_refused(call: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         call(torch.ones(4, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_place_without_a_row_is_an_error(dtype: torch.dtype) -> None:
+    """Never memory of somebody else."""
+    x, indices = torch.randn(64, 16).to(dtype), torch.zeros(64, 2, dtype=torch.long)
+    with pytest.raises(IndexError):
+        moe_permute(x, indices, 4, rows=100)
+    with pytest.raises((IndexError, RuntimeError)):
+        moe_unpermute(x[:4], torch.tensor([[100_000, 3]], dtype=torch.int32), torch.ones(1, 2))
