@@ -167,7 +167,7 @@ def moe_places(indices_NK: Tensor, experts: int, pad_to: int) -> tuple[Tensor, T
 
 
 def moe_spread(x_ND: Tensor, place_NK: Tensor, rows_MD: Tensor) -> None:
-    """Every slot's row becomes its token's x; `place`: int32, -1 without one. IndexError for a row that is not there."""
+    """Every slot's row becomes its token's x; `place`: int32, -1 without one. IndexError for a row not there."""
     _within(place_NK, rows_MD)
     _call("moe_spread", *_slots(x_ND, place_NK), *map(_pointer, (x_ND, place_NK, rows_MD)))
 
